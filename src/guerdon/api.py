@@ -1,0 +1,268 @@
+"""The verbs: what the command line does, as functions that return values and raise `GuerdonError`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from guerdon.errors import ConfigError, GuerdonError, near
+from guerdon.exporting import export
+from guerdon.feedback.readers import read_feedback
+from guerdon.feedback.writers import write_feedback
+from guerdon.fields import build
+from guerdon.methods.base import Method, all_methods, can_learn, get_method
+from guerdon.training.config import Training
+
+if TYPE_CHECKING:
+    from guerdon.evaluation.comparison import Comparison
+    from guerdon.evaluation.metrics import Evaluation
+    from guerdon.feedback.records import Record
+    from guerdon.training.rundir import RunDir
+
+__all__ = [
+    "GuerdonError",
+    "all_methods",
+    "collect",
+    "compare",
+    "evaluate",
+    "export",
+    "get_method",
+    "inspect",
+    "load_policy",
+    "look",
+    "read_feedback",
+    "resume",
+    "train",
+    "write_feedback",
+    "write_report",
+]
+
+
+def configure(method: str | Method, options: dict[str, Any], where: str) -> tuple[Method, Training]:
+    """A method and the runner's options from plain names and values, checked before anything is loaded.
+
+    Args:
+        method: its name, or the method itself, in which case `options` are the runner's alone.
+        options: fields of the method and of `Training`, together.
+        where: where the options come from, for messages about them.
+
+    Raises:
+        ConfigError: an unknown method or option (with the nearest name), a wrong type, or options that contradict
+            each other.
+    """
+    names = {f.name for f in dataclasses.fields(Training)}
+    cls = get_method(method) if isinstance(method, str) else type(method)
+    own = {f.name for f in dataclasses.fields(cls)} if isinstance(method, str) else set()
+    for name in options:
+        if name not in names | own:
+            raise ConfigError(f"{where}: there is no option '{name}'.{near(name, names | own)}")
+    training = build(Training, {k: v for k, v in options.items() if k in names}, where)
+    if isinstance(method, str):
+        method = build(cls, {k: v for k, v in options.items() if k in own}, where)
+    if (training.data is None) == (training.task is None):
+        raise ConfigError(f"{where}: {cls.name} learns from feedback or from a task: give either data or task.")
+    method.check()
+    return method, training
+
+
+def inspect(
+    source: str,
+    *,
+    model: str | None = None,
+    max_length: int = 2048,
+    split: str = "train",
+    skip_bad: bool = False,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """What a feedback file holds, what is odd in it, and which methods can learn from it, as plain data.
+
+    Beside what `guerdon.feedback.inspect.inspect_feedback` returns there are `methods`, by name, and `methods_as_task`,
+    those that need a verifier and can have one here, because the file says what the right answers are.
+
+    Args:
+        source: file, saved dataset directory or hub id.
+        model: whose tokenizer counts the lengths; without one they are counted in words.
+        max_length: tokens of a prompt with one completion, beyond which it would be cut.
+        split: of a dataset that has several.
+        skip_bad: go on past rows that cannot be read; they are counted and listed.
+        limit: read at most this many rows.
+
+    Raises:
+        DataError: what cannot be read, with file, line and column.
+    """
+    from guerdon.feedback.inspect import inspect_feedback
+
+    feedback = read_feedback(source, skip_bad=skip_bad, limit=limit, split=split)
+    count = None
+    if model is not None:
+        _, tokenizer = _load(model, feedback.records)
+
+        def count(texts: list[str]) -> list[int]:
+            return [len(ids) for ids in tokenizer(texts).input_ids]
+
+    found = inspect_feedback(feedback, count, max_length)
+    methods, says = all_methods(), feedback.says()
+    found["methods"] = [name for name, cls in methods.items() if can_learn(cls.learns_from, says)]
+    verified = [name for name, cls in methods.items() if cls.learns_from == "verifier"]
+    found["methods_as_task"] = verified if "answers" in says else []
+    return found
+
+
+def look(
+    source: str, *, model: str, records: int = 3, max_length: int = 2048, split: str = "train", skip_bad: bool = False
+) -> dict[str, Any]:
+    """The first records as the loss sees them, as plain data; see `guerdon.language.look.look`.
+
+    Args:
+        source: file, saved dataset directory or hub id.
+        model: whose tokenizer and chat template render them.
+        records: how many.
+        max_length: tokens of a prompt with one completion, beyond which it would be cut.
+        split: of a dataset that has several.
+        skip_bad: go on past rows that cannot be read.
+
+    Raises:
+        DataError: what cannot be read, with file, line and column.
+    """
+    from guerdon.language.look import look
+
+    feedback = read_feedback(source, skip_bad=skip_bad, split=split)
+    _, tokenizer = _load(model, feedback.records)
+    return look(feedback.records, tokenizer, records, max_length=max_length)
+
+
+def collect(
+    task: str,
+    *,
+    model: str,
+    out: str | Path,
+    n: int = 8,
+    prompts: int = 100,
+    verifier: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    sampler: str = "local",
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Sample n completions for each of a task's training prompts, verify them, and write them as scored feedback.
+
+    A killed collection goes on where it stopped; see `guerdon.tasks.collect.collect`, also for what is returned.
+    """
+    from guerdon.language.forward import GroupModel, supports_groups
+    from guerdon.language.models import fingerprint
+    from guerdon.language.sampling import make_sampler
+    from guerdon.language.sampling.base import Sampling
+    from guerdon.language.templates import stop_ids
+    from guerdon.tasks import load_task
+    from guerdon.tasks.collect import collect
+
+    loaded = load_task(task, verifier=verifier, seed=0)
+    policy, tokenizer = _load(model, loaded.train + loaded.test)
+    engine = GroupModel(policy, padded=bool(supports_groups(policy)))
+    return collect(
+        loaded,
+        make_sampler(sampler, engine, tokenizer, stop_ids(tokenizer, policy)),
+        tokenizer,
+        n=n,
+        prompts=prompts,
+        sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p),
+        seed=seed,
+        out=out,
+        policy=fingerprint(policy),
+        progress=progress,
+    )
+
+
+def train(method: str | Method, **options: Any) -> RunDir:
+    """Improve a policy with one method; the run directory that comes back can be evaluated, resumed and exported.
+
+    Args:
+        method: a name that `guerdon methods` lists, or a method.
+        **options: fields of the method (only where it is named) and of `guerdon.training.config.Training`; `model` and
+            one of `data` and `task` have to be given.
+
+    Raises:
+        ConfigError: see `configure`.
+        DataError: feedback that cannot be read or learned from.
+        InvariantError: numbers that could not be trusted; the offending batch is saved in the run directory.
+    """
+    built, training = configure(method, options, "train")
+    from guerdon.training.language import start
+
+    return start(built, training)
+
+
+def resume(run: str | Path) -> RunDir:
+    """Go on with an interrupted run exactly where its last checkpoint stands."""
+    from guerdon.training.language import resume_run
+
+    return resume_run(run)
+
+
+def evaluate(
+    policy: str | Path, *, samples: int = 1, temperature: float = 1.0, max_new_tokens: int = 256, **training: Any
+) -> Evaluation:
+    """Measure a policy on held-out items and write `evaluation.json` into its directory.
+
+    Args:
+        policy: a run directory, or any model that `Training.model` takes.
+        samples: with a task: completions per prompt, for pass@k up to this k.
+        temperature: with a task: of sampling; 0 takes the likeliest token.
+        max_new_tokens: with a task: tokens a completion may have.
+        **training: fields of `Training` (data, task, seed, ...); a run's own where they are not given. `out` is the
+            directory of a model's evaluation.
+    """
+    raise NotImplementedError
+
+
+def compare(
+    methods: Sequence[str | Method | Mapping[str, Any]],
+    *,
+    seeds: int = 3,
+    budget: Mapping[str, int] | None = None,
+    out: str | Path = "comparison",
+    jobs: int = 1,
+    command: str = "",
+    say: Callable[[str], None] = lambda line: None,
+    **training: Any,
+) -> Comparison:
+    """Train several methods on the same data with the same budget and seeds, and judge what can be told apart.
+
+    Args:
+        methods: names, methods, or mappings with `name` and, where wanted, `options` and `label`.
+        seeds: trials of each method.
+        budget: what each trial may spend, `updates` or `samples`; without one each method runs to its own end.
+        out: directory; the same call goes on with what stands in it.
+        jobs: trials at the same time.
+        command: how to make this comparison again, for the report.
+        say: is told one line about each start and end of a stage.
+        **training: fields of `Training`, the same for all methods.
+    """
+    from guerdon.evaluation.compare import compare as run
+
+    rows = [{"name": m.name, "options": m.options()} if isinstance(m, Method) else m for m in methods]
+    return run(rows, training=training, seeds=seeds, budget=budget or {}, out=out, jobs=jobs, command=command, say=say)
+
+
+def write_report(directory: str | Path, out: str | Path | None = None) -> Path:
+    """Write a comparison or a run as one self-contained HTML page; `report.html` in its directory without `out`."""
+    raise NotImplementedError
+
+
+def load_policy(path: str | Path) -> Any:
+    """The policy of a run directory, or of any model that `Training.model` takes."""
+    raise NotImplementedError
+
+
+def _load(model: str, records: Sequence[Record]) -> tuple[Any, Any]:
+    """Model and tokenizer; the records are what a tiny model's tokenizer is built from."""
+    from guerdon.feedback.schema import plain
+    from guerdon.language.models import load_model
+
+    texts = (plain(text) for r in records for text in (r.prompt, *r.completions, r.columns.get("answer")) if text)
+    return load_model(model, texts=texts)

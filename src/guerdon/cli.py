@@ -1,0 +1,527 @@
+"""The command line: `guerdon COMMAND ...`, every command a dataclass whose fields are its flags.
+
+Flags, recipes and method names are all checked before torch is imported, so that a slip is answered at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import tyro
+from tyro.conf import Positional
+
+from guerdon.errors import ConfigError, GuerdonError, near
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from guerdon.fields import Option
+    from guerdon.methods.base import Method
+    from guerdon.recipes import Recipe
+    from guerdon.training.config import Training
+
+
+@dataclass
+class Methods:
+    """List the methods, or show one with its options."""
+
+    name: Positional[str | None] = None  # a method, to see its description and options
+    json: bool = False  # print JSON
+
+    def run(self) -> None:
+        from guerdon.methods.base import all_methods, get_method
+
+        if self.name is not None:
+            cls = get_method(self.name)
+            _print_json(_card(cls, options=True)) if self.json else _show_method(cls)
+        elif self.json:
+            _print_json([_card(cls, options=False) for cls in all_methods().values()])
+        else:
+            _show_methods(all_methods())
+
+
+@dataclass
+class Inspect:
+    """Say what a feedback file holds, what is odd in it, and which methods can learn from it."""
+
+    data: Positional[str]  # file, saved dataset directory or hub id
+    model: str | None = None  # count lengths with this model's tokenizer; in words without it
+    max_length: int = 2048  # tokens of a prompt with one completion, beyond which it would be cut
+    split: str = "train"  # of a dataset that has several
+    skip_bad: bool = False  # go on past rows that cannot be read; they are counted and listed
+    limit: int | None = None  # read at most this many rows
+    json: bool = False  # print JSON
+
+    def run(self) -> None:
+        from guerdon.api import inspect
+
+        found = inspect(self.data, **_without(self, "data", "json"))
+        if self.json:
+            _print_json(found)
+        else:
+            from guerdon.feedback.inspect import render
+
+            _console().print(render(found))
+            print(f"methods that can learn from it: {', '.join(found['methods']) or 'none by itself'}")
+            if found["methods_as_task"]:
+                print(f"and as prompts with answers, by --task and --verifier: {', '.join(found['methods_as_task'])}")
+
+
+@dataclass
+class Look:
+    """Show records as the loss sees them: the rendered template, what is learned, what would be cut."""
+
+    data: Positional[str]  # file, saved dataset directory or hub id
+    model: str  # whose tokenizer and chat template render them
+    records: int = 3  # how many, from the first on
+    max_length: int = 2048  # tokens of a prompt with one completion
+    split: str = "train"  # of a dataset that has several
+    skip_bad: bool = False  # go on past rows that cannot be read; they are counted and listed
+    json: bool = False  # print JSON
+
+    def run(self) -> None:
+        from guerdon.api import look
+
+        seen = look(self.data, **_without(self, "data", "json"))
+        if self.json:
+            _print_json(seen)
+        else:
+            from guerdon.language.look import render
+
+            _console().print(render(seen))
+
+
+@dataclass
+class Collect:
+    """Sample completions of a task's prompts, verify them, and write them as feedback."""
+
+    task: str  # reasoning-gym:NAME?param=value, or a prompt file with a verifier
+    model: str  # that answers: hub id, local directory, GGUF file, smollm2-135m, or tiny:...
+    out: str  # .jsonl or .parquet file to write
+    n: int = 8  # completions per prompt
+    prompts: int = 100  # prompts, from the task's training share
+    verifier: str | None = None  # for a prompt file: exact, regex, math, or python:module.function
+    max_new_tokens: int = 256  # tokens a completion may have
+    temperature: float = 1.0  # sampling temperature
+    top_k: int = 0  # sample among the k likeliest tokens; 0 among all
+    top_p: float = 1.0  # sample among the likeliest tokens that hold this probability
+    sampler: str = "local"  # local, vllm, or the address of an OpenAI-compatible server
+    seed: int = 0  # of the task and the samples
+    json: bool = False  # print JSON
+
+    def run(self) -> None:
+        from guerdon.api import collect
+
+        def progress(done: int, total: int) -> None:
+            print(f"{done} of {total} prompts", file=sys.stderr)
+
+        summary = collect(**_without(self, "json"), progress=progress)
+        if self.json:
+            _print_json(summary)
+        else:
+            count = f"{summary['completions']} completions of {summary['prompts']} prompts"
+            print(f"{self.out}: {count}, mean reward {summary['reward']:.3f}")
+
+
+@dataclass
+class Resume:
+    """Go on with an interrupted run, exactly where it stopped."""
+
+    run_directory: Positional[str]  # of `guerdon train`
+
+    def run(self) -> None:
+        from guerdon.api import resume
+
+        with _resumable(self.run_directory):
+            resume(self.run_directory)
+        print(self.run_directory)
+
+
+@dataclass
+class Judging:
+    """How the policy is measured."""
+
+    policy: Positional[str]  # run directory, or any model that `train --model` takes
+    samples: int = 1  # with a task: completions per prompt, for pass@k up to this k
+    temperature: float = 1.0  # with a task: sampling temperature; 0 takes the likeliest token
+    max_new_tokens: int = 256  # with a task: tokens a completion may have
+    json: bool = False  # print JSON
+
+
+@dataclass
+class Report:
+    """Write a comparison or a run as one self-contained HTML page."""
+
+    directory: Positional[str]  # of `guerdon compare` or `guerdon train`
+    out: str | None = None  # HTML file; report.html in the directory without it
+
+    def run(self) -> None:
+        from guerdon.api import write_report
+
+        print(write_report(self.directory, out=self.out))
+
+
+@dataclass
+class Export:
+    """Write the data and the configuration of a run, or of a comparison's winner, for another trainer."""
+
+    source: Positional[str]  # directory of `guerdon train` or `guerdon compare`
+    to: Literal["trl"] = "trl"  # the trainer
+    out: str = "export"  # directory to write
+
+    def run(self) -> None:
+        from guerdon.exporting import export
+
+        print(export(self.source, to=self.to, out=self.out))
+
+
+@dataclass
+class Files:
+    """Beside the flags."""
+
+    recipe: str | None = None  # YAML file with the keys method, options and training; flags override it
+    plugin: tuple[str, ...] = ()  # Python file that registers methods; every command takes it, and more than once
+
+
+@dataclass
+class Trials:
+    """What a comparison runs."""
+
+    methods: Positional[tuple[str, ...]]  # names, or recipes (.yaml) where a method has other options than its own
+    seeds: int = 3  # trials of each method
+    budget_updates: int = 0  # updates that each trial may make; 0 lets each method run to its own end
+    budget_samples: int = 0  # with a task: completions that each trial may sample; 0 as above
+    jobs: int = 1  # trials at the same time
+    out: str = "comparison"  # directory; the same command goes on with what stands in it
+    json: bool = False  # print JSON
+
+
+def _train(argv: list[str]) -> None:
+    """Improve a policy with one method."""
+    from guerdon.training.config import Training
+
+    argv, paths = _take(argv, "--recipe")
+    recipe = _read(paths[-1]) if paths else None
+    name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    if recipe is not None and name not in (None, recipe.method):
+        raise ConfigError(f"recipe {paths[-1]} is for {recipe.method}, not {name}.")
+    name = recipe.method if recipe is not None else name
+    if name is None:
+        if not {"-h", "--help"} & set(argv):
+            raise ConfigError("train needs a method: `guerdon train NAME ...`. `guerdon methods` lists them.")
+        about = "Improve a policy with one method. `guerdon train METHOD --help` shows its options, too."
+        _parse(make_dataclass("Train", [("training", Training), ("files", Files)]), argv, "train METHOD", about)
+    from guerdon.methods.base import get_method
+
+    method, training = _flags(get_method(str(name)), recipe, argv)
+    from guerdon.api import train
+
+    with _resumable(training.out):
+        train(method, **vars(training))
+    print(training.out)
+
+
+def _flags(cls: type[Method], recipe: Recipe | None, argv: list[str]) -> tuple[Method, Training]:
+    """Method and runner options from a recipe, with the flags over it."""
+    from guerdon.fields import options
+    from guerdon.training.config import Training
+
+    said = recipe.options if recipe else {}
+    names = {f.name for f in dataclasses.fields(Training)}
+    if clash := [o.name for o in options(cls) if o.name in names]:
+        raise ConfigError(
+            f"{cls.name}: its option '{clash[0]}' is also one of the runner's; call the method's otherwise."
+        )
+    own = _section(cls, [o for o in options(cls) if not o.owner.__module__.endswith(".base")], said)
+    loop = _section(cls, [o for o in options(cls) if o.owner.__module__.endswith(".base")], said)
+    command = make_dataclass("Train", [("method", own), ("loop", loop), ("training", Training), ("files", Files)])
+    training = Training(**{"model": tyro.MISSING, **(recipe.training if recipe else {})})
+    parsed = _parse(command, argv, f"train {cls.name}", _gist(cls), command(own(), loop(), training, Files()))
+    return cls(**vars(parsed.method), **vars(parsed.loop)), parsed.training
+
+
+def _section(cls: type, chosen: list[Option], said: dict[str, Any]) -> type:
+    """A dataclass of some fields of another one, with their comments as help and `said` as defaults."""
+    kinds = get_type_hints(cls)
+    values = {o.name: tyro.MISSING if o.default is dataclasses.MISSING else o.default for o in chosen} | said
+    fields = [
+        (o.name, Annotated[kinds[o.name], tyro.conf.arg(help=o.help)], dataclasses.field(default=values[o.name]))
+        for o in chosen
+    ]
+    return make_dataclass(cls.__name__, fields, kw_only=True, namespace={"__doc__": ""})
+
+
+def _training_section(*without: str) -> type:
+    from guerdon.fields import options
+    from guerdon.training.config import Training
+
+    return _section(Training, [o for o in options(Training) if o.name not in without], {})
+
+
+def _evaluate(argv: list[str]) -> None:
+    """Measure a run's policy, or any model, on held-out items."""
+    training = _training_section("model")
+    command = make_dataclass("Evaluate", [("judging", Judging), ("training", training), ("files", Files)])
+    start = command(Judging(tyro.MISSING), training(), Files())
+    parsed = _parse(command, argv, "evaluate", _evaluate.__doc__, start)
+    from guerdon.api import evaluate
+
+    # A run knows its own data, task and seed: only what was typed departs from them.
+    typed = _typed(argv)
+    said = {k: v for k, v in vars(parsed.training).items() if f"--{k}" in typed or f"--no_{k}" in typed}
+    found = evaluate(parsed.judging.policy, **_without(parsed.judging, "policy", "json"), **said)
+    _print_json(found.means()) if parsed.judging.json else _show_metrics(found.means())
+
+
+def _compare(argv: list[str]) -> None:
+    """Train several methods on the same data with the same budget and seeds, and say what can be told apart."""
+    training = _training_section("out", "seed", "max_updates", "max_samples")
+    command = make_dataclass("Compare", [("trials", Trials), ("training", training), ("files", Files)])
+    parsed = _parse(command, argv, "compare", _compare.__doc__, command(Trials(tyro.MISSING), training(), Files()))
+    trials: Trials = parsed.trials
+    methods = [_recipe_method(m) if m.endswith((".yaml", ".yml")) else m for m in trials.methods]
+    from guerdon.api import compare
+    from guerdon.evaluation.comparison import as_dict
+    from guerdon.evaluation.wording import table
+
+    found = compare(
+        methods,
+        seeds=trials.seeds,
+        budget={unit: n for unit, n in (("updates", trials.budget_updates), ("samples", trials.budget_samples)) if n},
+        jobs=trials.jobs,
+        out=trials.out,
+        command=shlex.join(["guerdon", "compare", *argv]),
+        say=lambda line: print(line, file=sys.stderr),
+        **vars(parsed.training),
+    )
+    if trials.json:
+        return _print_json(as_dict(found))
+    console = _console()
+    console.print(table(found))
+    for sentence in found.verdict:
+        console.print(sentence, markup=False, highlight=False)
+
+
+def _recipe_method(path: str) -> dict[str, Any]:
+    recipe = _read(path)
+    if recipe.training:
+        names = ", ".join(recipe.training)
+        raise ConfigError(f"recipe {path} sets {names}: in a comparison give them as flags, the same for all.")
+    return {"name": recipe.method, "options": recipe.options, "label": Path(path).stem}
+
+
+def _read(path: str) -> Recipe:
+    from guerdon.recipes import read_recipe
+
+    return read_recipe(path)
+
+
+COMMANDS: dict[str, type | Callable[[list[str]], None]] = {
+    "methods": Methods,
+    "inspect": Inspect,
+    "look": Look,
+    "collect": Collect,
+    "train": _train,
+    "resume": Resume,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "report": Report,
+    "export": Export,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 for a mistake that the user can mend, 130 after Ctrl-C."""
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except GuerdonError as error:
+        print(f"guerdon: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"guerdon: {str(stop) or 'interrupted.'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains on its way out
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    argv, plugins = _take(argv, "--plugin")
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if argv[0] == "--version":
+        from guerdon import __version__
+
+        print(f"guerdon {__version__}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        raise ConfigError(f"there is no command '{name}'.{near(name, COMMANDS)} `guerdon --help` lists them all.")
+    for plugin in plugins:
+        from guerdon.plugins import add_plugin
+
+        add_plugin(plugin)
+    command = COMMANDS[name]
+    if isinstance(command, type):
+        _parse(command, rest, name, command.__doc__).run()
+    else:
+        command(rest)
+    return 0
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:{width}}  {_gist(command)}" for name, command in COMMANDS.items())
+    return (
+        "guerdon: any feedback becomes a better policy, and the methods that do it are compared fairly.\n\n"
+        f"usage: guerdon COMMAND ...\n\n{lines}\n\n"
+        "`guerdon COMMAND --help` shows a command's flags, `guerdon train METHOD --help` a method's options.\n"
+        "`--plugin FILE.py` before or after any command registers methods of your own."
+    )
+
+
+def _parse(command: type, argv: list[str], name: str, about: str | None, start: Any = None) -> Any:
+    """Fill a dataclass from flags; what is required and what is a default can be changed by an instance, `start`."""
+    flags = {"--help", *_flag_names(command)}
+    for flag in (name.replace("_", "-") for name in _typed(argv)):
+        if flag.replace("--no-", "--") not in flags:
+            help_ = f"`guerdon {name} --help` shows them all."
+            raise ConfigError(f"{name} has no flag '{flag}'.{near(flag, flags)} {help_}")
+    return tyro.cli(
+        command,
+        prog=f"guerdon {name}",
+        description=about,
+        args=argv,
+        default=tyro.MISSING_NONPROP if start is None else start,
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.DisallowNone,
+            *([tyro.conf.FlagCreatePairsOff] if start is None else []),
+        ),
+    )
+
+
+def _typed(argv: list[str]) -> list[str]:
+    """The flags in `argv`, with underscores."""
+    return [word.split("=")[0].replace("-", "_").replace("__", "--", 1) for word in argv if word.startswith("--")]
+
+
+def _flag_names(command: type[Any]) -> Iterator[str]:
+    for field in dataclasses.fields(command):
+        if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
+            yield from _flag_names(field.type)
+        else:
+            yield "--" + field.name.replace("_", "-")
+
+
+def _take(argv: list[str], flag: str) -> tuple[list[str], list[str]]:
+    """`argv` without each `flag VALUE` or `flag=VALUE`, and the values."""
+    rest, values = [], []
+    words = iter(argv)
+    for word in words:
+        if word == flag:
+            value = next(words, None)
+            if value is None:
+                raise ConfigError(f"{flag} needs a file.")
+            values.append(value)
+        elif word.startswith(f"{flag}="):
+            values.append(word.removeprefix(f"{flag}="))
+        else:
+            rest.append(word)
+    return rest, values
+
+
+def _without(command: Any, *names: str) -> dict[str, Any]:
+    return {f.name: getattr(command, f.name) for f in dataclasses.fields(command) if f.name not in names}
+
+
+@contextlib.contextmanager
+def _resumable(directory: str) -> Iterator[None]:
+    """Ctrl-C leaves with the command that goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        again = f"interrupted. `guerdon resume {directory}` goes on from the last checkpoint."
+        raise KeyboardInterrupt(str(stop) or again) from None
+
+
+def _gist(documented: Any) -> str:
+    return documented.__doc__.strip().splitlines()[0]
+
+
+def _card(cls: type[Method], options: bool) -> dict[str, Any]:
+    from guerdon.fields import options as options_of
+
+    card: dict[str, Any] = {
+        "name": cls.name,
+        "papers": list(cls.papers),
+        "learns_from": cls.learns_from,
+        "policy": cls.policy,
+        "gist": _gist(cls),
+    }
+    if options:
+        card["options"] = [
+            {"name": o.name, "type": o.kind, "default": o.default, "help": o.help} for o in options_of(cls)
+        ]
+    return card
+
+
+def _show_methods(methods: dict[str, type[Method]]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("method", "learns from", "paper", "what it does"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("method", "learns from"))
+    for name, cls in methods.items():
+        table.add_row(name, cls.learns_from, ", ".join(map(str, cls.papers)), _gist(cls))
+    _console().print(table)
+
+
+def _show_method(cls: type[Method]) -> None:
+    import inspect
+
+    from rich.table import Table
+
+    from guerdon.fields import options
+
+    console = _console()
+    print(f"{cls.name}: {inspect.getdoc(cls)}\n")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("option", "default", "meaning"):
+        table.add_column(column, overflow="fold", no_wrap=column == "option")
+    owner: type = cls
+    for option in options(cls):
+        if option.owner != owner:
+            table.add_section()
+            owner = option.owner
+        table.add_row(option.name, str(option.default), option.help)
+    console.print(table, markup=False)
+
+
+def _show_metrics(metrics: dict[str, float]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4g}")
+    _console().print(table)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()

@@ -1,0 +1,1 @@
+"""How good a policy is, how sure that is, and which method did it best."""

@@ -1,0 +1,165 @@
+"""A policy judged on held-out items: by a verifier where there is a task, by held-out feedback where there is none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from guerdon.errors import DataError
+from guerdon.evaluation.metrics import Evaluation, completion_metrics, kl_to_start, nll, preference_metrics
+from guerdon.feedback.records import Record
+from guerdon.language.groups import Group
+from guerdon.language.policy import Policy
+from guerdon.language.sampling.base import Sampling
+from guerdon.language.templates import prompt_ids, render_all
+from guerdon.methods.base import pairs_from_scores
+from guerdon.tasks import Task
+
+if TYPE_CHECKING:
+    from guerdon.training.language import LanguageRun
+
+Annotate = Callable[[Sequence[Group], str], None]  # sets per-token log-probs in groups under a name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """How held-out items are judged.
+
+    Attributes:
+        samples: with a task: completions per prompt, for pass@k up to this k.
+        temperature: with a task: of sampling; 0 takes the likeliest token.
+        max_new_tokens: with a task: tokens a completion may have.
+        max_length: with feedback: tokens of a prompt with one completion; longer ones are cut.
+        items: at most so many, the first ones; 0 takes all.
+        seed: of sampling.
+    """
+
+    samples: int = 4
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    max_length: int = 2048
+    items: int = 0
+    seed: int = 0
+
+
+def evaluate_policy(
+    policy: Policy, start: Annotate, held_out: Sequence[Record], task: Task | None, how: Judging
+) -> Evaluation:
+    """Judge a policy on held-out records.
+
+    With a task: pass@1 (primary) and unbiased pass@k of sampled completions where the verifier is binary, else the mean
+    reward (primary); every reward component, length, truncated share and KL to the start. With feedback: accuracy and
+    margin of the reward (of the head of a reward model, else the implicit one) on preferences (primary where there are
+    any), held-out NLL per token of what a demonstration or the better answer says.
+
+    Args:
+        start: sets the log-probs of the policy that training started from.
+
+    Raises:
+        DataError: there is nothing to judge by.
+    """
+    records = list(held_out[: how.items] if how.items else held_out)
+    if not records:
+        raise DataError("there are no held-out items to evaluate on: raise the held-out share or give --eval-data.")
+    keys = _keys(records)
+    judged = _by_task(policy, start, records, task, how) if task else _by_feedback(policy, start, records, how)
+    metrics, primary = judged
+    return Evaluation(keys, metrics, primary, asdict(how) | {"precision": str(policy.model.dtype)})
+
+
+def evaluate_run(run: LanguageRun) -> dict[str, float]:
+    """Held-out metrics of a run under way, `eval/...`, with the primary one as `eval/score` (higher is better)."""
+    m = run.method
+    how = Judging(
+        samples=1,
+        temperature=m.temperature,
+        max_new_tokens=m.max_new_tokens,
+        max_length=m.max_length,
+        items=run.config.eval_items,
+    )
+    found = evaluate_policy(run.policy, run.start_logps, run.held_out, run.task, how)
+    means = found.means()
+    score = -means["nll"] if found.primary == "nll" else means[found.primary]
+    return {f"eval/{name}": value for name, value in means.items()} | {"eval/score": score}
+
+
+def _by_task(
+    policy: Policy, start: Annotate, records: list[Record], task: Task, how: Judging
+) -> tuple[dict[str, np.ndarray], str]:
+    sampling = Sampling(max_new_tokens=how.max_new_tokens, temperature=how.temperature)
+    prompts = [r.prompt or "" for r in records]
+    answers = policy.answer(prompts, how.samples, sampling, how.seed)
+    scored = [task.score(r, [c.text for c in cs]) for r, cs in zip(records, answers, strict=True)]
+    rewards = {name: np.stack([s[name] for s in scored]) for name in scored[0]}
+    lengths = np.array([[len(c.tokens) for c in cs] for cs in answers])
+    finished = np.array([[c.finished for c in cs] for cs in answers])
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= how.samples]
+    metrics = completion_metrics(rewards, lengths, finished, ks=ks, binary=task.binary)
+    groups = [
+        Group.of(prompt_ids(p, policy.tokenizer), [c.tokens for c in cs]) for p, cs in zip(prompts, answers, strict=True)
+    ]
+    policy.annotate(groups, "logps")
+    start(groups, "start")
+    logps, ref = ([_per_completion(g, name) for g in groups] for name in ("logps", "start"))
+    return metrics | kl_to_start(logps, ref), "pass@1" if task.binary else "reward"
+
+
+def _by_feedback(
+    policy: Policy, start: Annotate, records: list[Record], how: Judging
+) -> tuple[dict[str, np.ndarray], str]:
+    groups, _ = render_all(records, policy.tokenizer, max_length=how.max_length)
+    pairs = [_best_and_worst(g) for g in groups]
+    compared = [g.subset(list(p)) if p else g.subset([0]) for g, p in zip(groups, pairs, strict=True)]
+    policy.annotate(compared, "logps")
+    own = [[float(x.sum()) for x in _per_completion(g, "logps")] for g in compared]
+    tokens = np.array([g.lengths()[0] for g in compared])
+    metrics = nll(np.array([sums[0] for sums in own]), tokens)
+    if not any(pairs):
+        return metrics, "nll"
+    some = np.array([bool(p) for p in pairs])
+    if hasattr(policy.model, "head"):
+        margin = np.array([s[0] - s[1] for s, p in zip(policy.rewards(compared), pairs, strict=True) if p])
+        values = {"preference/accuracy": (margin > 0) + 0.5 * (margin == 0), "preference/margin": margin}
+        metrics = {}
+    else:
+        start(compared, "start")
+        ref = [[float(x.sum()) for x in _per_completion(g, "start")] for g in compared]
+        chosen, rejected, ref_chosen, ref_rejected = (
+            np.array([sums[i] for sums, p in zip(rows, pairs, strict=True) if p]) for rows in (own, ref) for i in (0, 1)
+        )
+        values = preference_metrics(chosen, rejected, ref_chosen, ref_rejected)
+    for name, of_pairs in values.items():
+        metrics[name] = np.full(len(groups), np.nan)
+        metrics[name][some] = of_pairs
+    return metrics, "preference/accuracy"
+
+
+def _best_and_worst(group: Group) -> tuple[int, int] | None:
+    if "score" not in group.values:
+        return None
+    return next(iter(pairs_from_scores(group.values["score"], "best-worst", np.random.default_rng(0))), None)
+
+
+def _per_completion(group: Group, name: str) -> list[np.ndarray]:
+    """A per-token value of each completion's learned tokens, along its path."""
+    return [
+        np.concatenate([s.values[name][s.learn] for s in (group.segments[i] for i in group.path(c)) if s.learn.any()])
+        for c in range(len(group))
+    ]
+
+
+def _keys(records: Sequence[Record]) -> list[str]:
+    """One key per record by its content; the same content again gets a number."""
+    seen: dict[str, int] = {}
+    keys = []
+    for record in records:
+        content: Any = [record.prompt, record.completions, record.scores, record.columns.get("answer")]
+        key = hashlib.blake2b(json.dumps(content, default=str).encode(), digest_size=8).hexdigest()
+        seen[key] = seen.get(key, 0) + 1
+        keys.append(key if seen[key] == 1 else f"{key}-{seen[key]}")
+    return keys

@@ -1,0 +1,1 @@
+"""Ground truth: exact solutions that learned policies are tested against."""

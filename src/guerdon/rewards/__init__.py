@@ -1,0 +1,1 @@
+"""Rewards: verifiers by name, functions of the user, and their weighted sum."""

@@ -1,0 +1,55 @@
+"""Runs from their two dataclasses: start one, go on with one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from guerdon.fields import build
+from guerdon.lazy import torch
+from guerdon.methods.base import LanguageMethod, get_method
+from guerdon.training.config import Training
+from guerdon.training.rundir import RunDir
+
+if TYPE_CHECKING:
+    from guerdon.training.progress import Progress
+
+
+def start(method: LanguageMethod, config: Training, progress: Progress | None = None) -> RunDir:
+    """Train a policy from its start; the run directory `config.out` must be new."""
+    from guerdon.training.distributed import Distribution
+
+    distribution = Distribution.start()
+    if distribution.is_main:
+        rundir = RunDir.create(config.out, method.name, method.options(), vars(config))
+    distribution.barrier()
+    rundir = RunDir.open(config.out)
+    return _go(rundir, method, config, distribution, progress)
+
+
+def resume(path: str | Path, progress: Progress | None = None) -> RunDir:
+    """Go on with an interrupted run from its last checkpoint; a finished one is returned as it is."""
+    from guerdon.training.distributed import Distribution
+
+    rundir = RunDir.open(path)
+    if rundir.status["state"] == "done":
+        return rundir
+    saved = rundir.config
+    method = build(get_method(saved["method"]), saved["options"], f"{path}/config.json")
+    config = build(Training, {**saved["training"], "out": str(path)}, f"{path}/config.json")
+    return _go(rundir, method, config, Distribution.start(), progress)
+
+
+def _go(rundir, method, config, distribution, progress):  # type: ignore[no-untyped-def]
+    from guerdon.evaluation.evaluate import evaluate_run
+    from guerdon.training.language import LanguageRun
+    from guerdon.training.loggers import open_sinks
+    from guerdon.training.runner import run_loop
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    run = LanguageRun(method, config, distribution, rundir.path)
+    method.setup(run)
+    sinks = open_sinks(rundir, config.log_to) if distribution.is_main else []
+    run_loop(run, method, rundir, config, evaluate=evaluate_run, sinks=sinks, progress=progress)
+    return rundir

@@ -1,0 +1,37 @@
+"""What a run needs to know beside its method: where from, where to, on what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class Training:
+    """Options of the runner, the same for every method."""
+
+    model: str  # hub id, local directory, GGUF file, smollm2-135m, or tiny:layers=2,width=64,...
+    data: str | None = None  # feedback: file, saved dataset directory or hub id
+    eval_data: str | None = None  # held-out feedback; without it a share of `data` is held out by prompt
+    task: str | None = None  # reasoning-gym:NAME?param=value, or a prompt file with a verifier
+    verifier: str | None = None  # for a prompt file: exact, regex, math, or python:module.function
+    out: str = "run"  # run directory
+    seed: int = 0  # of data order, sampling and initialisation
+    holdout: float = 0.1  # share of the prompts of `data` that is held out
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matmuls; master weights and log-sum-exp stay fp32
+    max_tokens: int = 8192  # unique tokens in one forward pass: bounds the memory, never changes a result
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third slower
+    lora_rank: int = 0  # 0 trains all weights
+    lora_alpha: float = 32.0  # LoRA scale numerator
+    sampler: str = "local"  # local, vllm, or the address of an OpenAI-compatible server
+    overlong: Literal["refuse", "cut", "drop"] = "cut"  # what is done with completions beyond max_length; always counted
+    skip_bad: bool = False  # go on past rows that cannot be read; they are counted and listed
+    max_updates: int = 0  # stop after this many updates; 0 goes on to the end
+    max_samples: int = 0  # with a task: stop after this many sampled completions; 0 goes on to the end
+    eval_every: int = 0  # updates between evaluations on held-out items; 0 only at the end
+    eval_items: int = 200  # held-out items in each evaluation
+    checkpoint_every: int = 50  # updates between checkpoints
+    keep_checkpoints: int = 2  # the latest ones that are kept
+    patience: int = 0  # stop after this many evaluations without a better one; 0 never
+    log_to: tuple[str, ...] = ()  # beside metrics.jsonl and tensorboard: wandb, mlflow, trackio
+    threads: int = 0  # CPU threads; 0 leaves the default

@@ -1,0 +1,336 @@
+"""The loop around a method: it numbers, logs, evaluates, checkpoints, stops and resumes, and knows no method."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+
+from guerdon.errors import GuerdonError
+from guerdon.lazy import torch
+from guerdon.training.config import Training
+from guerdon.training.distributed import Distribution
+from guerdon.training.loggers import Sink
+from guerdon.training.optim import NonFiniteError
+from guerdon.training.progress import Progress, Silent
+from guerdon.training.rundir import RunDir
+
+Evaluate = Callable[[Any], Mapping[str, float]]
+
+
+class Stopped(KeyboardInterrupt):
+    """The user or the machine asked the run to stop; the message says what it can be resumed with."""
+
+
+class BudgetSpent(Exception):
+    """Raised by a run asked for samples beyond `max_samples`; what was sampled before has been learned from by then."""
+
+
+class Cursor(Protocol):
+    """How far a run has come. The loop sets `step`, the method all else."""
+
+    step: int  # updates done
+    samples: int  # completions or transitions sampled
+    tokens: int  # unique tokens trained on
+    done: float  # share of the run in [0, 1]
+
+
+class Run(Protocol):
+    """What the loop needs of a run. `save` and `restore` cover all that the rest of the run depends on, except the
+    global random states of torch, numpy and random, which the loop saves beside it.
+    """
+
+    cursor: Cursor
+    distribution: Distribution
+
+    def save(self, directory: Path) -> None: ...
+
+    def restore(self, directory: Path) -> None: ...
+
+    def export(self, directory: Path) -> None: ...
+
+    def dump_batch(self, directory: Path) -> None: ...
+
+
+class Learner(Protocol):
+    """What the loop needs of a method."""
+
+    def learn(self, run: Any) -> Iterator[Mapping[str, Any]]: ...
+
+
+def run_loop(
+    run: Run,
+    method: Learner,
+    rundir: RunDir,
+    config: Training,
+    *,
+    evaluate: Evaluate | None = None,
+    score: Callable[[Mapping[str, float]], float] = itemgetter("eval/score"),
+    sinks: Sequence[Sink] = (),
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Train to the end of the method or of the budget, from the latest checkpoint where there is one.
+
+    Every step is a row of `metrics.jsonl`: what the method yields, `progress/` (samples, tokens and share of the run so
+    far) and `time/` (seconds, tokens per second). Evaluations run at step 0 and every `eval_every` updates where that
+    is set, and once at the end; they join the row of their step and leave the random states as they found them, so
+    that they never change what is learned. An interrupted and resumed run leaves the same rows and the same policy as
+    an uninterrupted one, bit for bit, except for `time/`. The final policy is exported to `policy/`.
+
+    Args:
+        run: freshly built, after `method.setup(run)`; the same on every process.
+        method: its `learn(run)` yields the metrics of one update at a time, the same on every process.
+        rundir: where it is all written; a run whose state is done returns at once.
+        config: `max_updates`, `eval_every`, `patience`, `checkpoint_every` and `keep_checkpoints`. `max_samples` is the
+            run's to watch, which raises `BudgetSpent`.
+        evaluate: metrics of the policy on held-out items, keys `eval/...`, the same on every process.
+        score: what early stopping maximises, from an evaluation's metrics.
+        sinks: take the metrics too; they are closed at the end.
+        progress: shows the run to a person.
+
+    Returns:
+        The last row, with the final evaluation.
+
+    Raises:
+        Stopped: Ctrl-C or SIGTERM; the update under way was finished and a checkpoint written. A second signal stops at
+            once, and the run can be resumed from the checkpoint before.
+        GuerdonError: a loss or gradient that is not finite (the batch is saved), or a full disk.
+    """
+    loop = _Loop(run, method, rundir, config, evaluate, score, sinks, progress or Silent())
+    main = run.distribution.is_main
+    with rundir.locked() if main else nullcontext():
+        try:
+            if not run.distribution.any(main and rundir.status["state"] == "done"):
+                loop.go()
+        except BaseException as error:
+            with suppress(GuerdonError):  # a full disk must not hide what went wrong
+                loop.fail(error)
+            if isinstance(error, KeyboardInterrupt) and not isinstance(error, Stopped):
+                raise Stopped(
+                    f"stopped within a step. `guerdon resume {rundir.path}` goes on from the last checkpoint."
+                ) from None
+            raise
+        finally:
+            loop.close()
+    return next(reversed(rundir.metrics()), {})
+
+
+class _Loop:
+    def __init__(
+        self,
+        run: Run,
+        method: Learner,
+        rundir: RunDir,
+        config: Training,
+        evaluate: Evaluate | None,
+        score: Callable[[Mapping[str, float]], float],
+        sinks: Sequence[Sink],
+        progress: Progress,
+    ) -> None:
+        self.run, self.method, self.rundir, self.config = run, method, rundir, config
+        self.evaluate, self.score = evaluate, score
+        self.main = run.distribution.is_main
+        self.sinks, self.progress = (sinks, progress) if self.main else ((), Silent())
+        self.scores: list[float] = []  # of the evaluations so far, for early stopping
+        self.evaluated = -1  # step of the last evaluation
+
+    def go(self) -> None:
+        run, config = self.run, self.config
+        self._resume()
+        self.progress.begin(run.cursor.step, self._done())
+        with _signals(self.progress) as stop_asked:
+            if config.eval_every and run.cursor.step == 0:
+                self._evaluate()
+            steps = self.method.learn(run)
+            while not self._over():
+                metrics = self._next(steps)
+                if metrics is None:
+                    break
+                self._record(metrics)
+                step = run.cursor.step
+                if config.eval_every and step % config.eval_every == 0:
+                    self._evaluate()
+                stop = run.distribution.any(stop_asked())
+                if stop or step % config.checkpoint_every == 0:
+                    self._checkpoint()
+                if stop:
+                    raise Stopped(f"stopped at step {step}. `guerdon resume {self.rundir.path}` goes on from there.")
+            if self.evaluated != run.cursor.step:
+                self._evaluate()
+        self._checkpoint()
+        if self.main:
+            self.rundir.write_directory(self.rundir.path / "policy", run.export)
+            self.rundir.set_status("done")
+        run.distribution.barrier()
+
+    def fail(self, error: BaseException) -> None:
+        if self.main:
+            stopped = isinstance(error, KeyboardInterrupt)
+            facts = {} if stopped else {"error": f"{type(error).__name__}: {error}"}
+            self.rundir.set_status("stopped" if stopped else "failed", **facts)
+
+    def close(self) -> None:
+        self.progress.close()
+        for sink in self.sinks:
+            sink.close()
+
+    def _resume(self) -> None:
+        distribution = self.run.distribution
+        checkpoint = self.rundir.latest_checkpoint()
+        if checkpoint is not None:
+            self.run.restore(checkpoint)
+            states = json.loads((checkpoint / "random.json").read_text())
+            set_rng_state(states[distribution.rank % len(states)])
+        if self.main:
+            self.rundir.truncate_to(self.run.cursor.step if checkpoint else -1)
+            self.rundir.set_status("running")
+        distribution.barrier()
+        if self.config.patience:
+            rows = [row for row in self.rundir.metrics() if any(name.startswith("eval/") for name in row)]
+            self.scores = [self.score(row) for row in rows]
+            self.evaluated = rows[-1]["step"] if rows else -1
+
+    def _over(self) -> bool:
+        config, cursor, scores = self.config, self.run.cursor, self.scores
+        return bool(
+            (config.max_updates and cursor.step >= config.max_updates)
+            or (config.patience and scores and len(scores) - 1 - int(np.argmax(scores)) >= config.patience)
+        )
+
+    def _done(self) -> float:
+        cursor, most = self.run.cursor, self.config.max_updates
+        return max(cursor.done, cursor.step / most) if most else cursor.done
+
+    def _next(self, steps: Iterator[Mapping[str, Any]]) -> dict[str, float] | None:
+        """The metrics of the next update, or None at the end of the method or of its samples."""
+        cursor = self.run.cursor
+        start, step, tokens = time.perf_counter(), cursor.step, cursor.tokens
+        try:
+            yielded = next(steps, None)
+        except BudgetSpent:
+            return None
+        except NonFiniteError as error:
+            self._not_finite(step + 1, str(error), error)
+        if yielded is None:
+            return None
+        cursor.step = step + 1
+        metrics = {name: _number(value) for name, value in yielded.items()}
+        wrong = [f"{name} is {v}" for name, v in metrics.items() if name.startswith("loss/") and not math.isfinite(v)]
+        if wrong:
+            self._not_finite(cursor.step, f"{', '.join(wrong)}.")
+        seconds = time.perf_counter() - start
+        return {
+            **metrics,
+            "progress/samples": cursor.samples,
+            "progress/tokens": cursor.tokens,
+            "progress/done": self._done(),
+            "time/step": seconds,
+            "time/tokens_per_second": (cursor.tokens - tokens) / seconds,
+        }
+
+    def _not_finite(self, step: int, what: str, cause: Exception | None = None) -> NoReturn:
+        rank = self.run.distribution.rank
+        directory = self.rundir.path / "failed" / f"step-{step:08d}-rank-{rank}"
+        self.rundir.write_directory(directory, self.run.dump_batch)
+        raise GuerdonError(
+            f"step {step} of {self.rundir.path}: {what} The batch is saved in {directory}. Start again with a lower "
+            "--lr or with --precision fp32."
+        ) from cause
+
+    def _record(self, metrics: Mapping[str, float]) -> None:
+        if self.main:
+            step = self.run.cursor.step
+            self.rundir.append(step, metrics)
+            for sink in self.sinks:
+                sink.log(step, metrics)
+            self.progress.update(step, self._done(), metrics)
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        state, start = rng_state(), time.perf_counter()
+        metrics = {name: _number(value) for name, value in self.evaluate(self.run).items()}
+        set_rng_state(state)
+        self.evaluated = self.run.cursor.step
+        if self.config.patience:
+            self.scores.append(self.score(metrics))
+        self._record({**metrics, "time/evaluation": time.perf_counter() - start})
+
+    def _checkpoint(self) -> None:
+        distribution, step = self.run.distribution, self.run.cursor.step
+        states = distribution.gather_objects([rng_state()])
+
+        def write(directory: Path) -> None:
+            self.run.save(directory)
+            (directory / "random.json").write_text(json.dumps(states))
+
+        latest = self.rundir.latest_checkpoint()
+        if self.main and (latest is None or not latest.name.endswith(f"{step:08d}")):
+            self.rundir.save_checkpoint(step, write, self.config.keep_checkpoints)
+        distribution.barrier()
+
+
+@contextmanager
+def _signals(progress: Progress) -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a flag that is asked for between updates; a second one acts at once."""
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    asked = False
+    before: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        restore()
+        progress.note("stopping after this update, with a checkpoint; once more stops at once, without one.")
+
+    if threading.current_thread() is threading.main_thread():  # the only one that can receive signals
+        before.update({kind: signal.signal(kind, ask) for kind in kinds})
+    try:
+        yield lambda: asked
+    finally:
+        restore()
+
+
+def _number(value: Any) -> float:
+    """A number as it is, a tensor or an array as its mean."""
+    return value if isinstance(value, (int, float)) else float(torch.as_tensor(value).detach().double().mean())
+
+
+def rng_state() -> dict[str, Any]:
+    """The global random states of torch (CPU, and this process's GPU), numpy and random, as plain data for JSON."""
+    numbers: Any = np.random.get_state(legacy=False)
+    numbers["state"]["key"] = numbers["state"]["key"].tolist()
+    state = {
+        "torch": bytes(torch.get_rng_state().tolist()).hex(),
+        "numpy": numbers,
+        "random": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = bytes(torch.cuda.get_rng_state().tolist()).hex()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore what `rng_state` returned."""
+    torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["torch"])), dtype=torch.uint8))
+    numbers = state["numpy"]
+    key = np.array(numbers["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**numbers, "state": {**numbers["state"], "key": key}})
+    version, internal, gauss = state["random"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(list(bytes.fromhex(state["cuda"])), dtype=torch.uint8))

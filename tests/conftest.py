@@ -1,0 +1,21 @@
+"""Models that several tests share; they are built once per session and nobody may change their weights."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(model, tokenizer): Llama-style, 2 layers of width 32 in fp32, characters, with a chat template."""
+    from guerdon.language.models import load_model
+
+    return load_model("tiny:layers=2,width=32,heads=4,context=512")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """(model, tokenizer): SmolLM2-135M-Instruct in fp32; half a minute the first time on a machine, then half a second."""
+    from guerdon.language.models import load_model
+
+    return load_model("smollm2-135m")

@@ -24,10 +24,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 demo: install
-	$(BIN)/python scripts/demo.py $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo $(ARGS)
 
 bench: install
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -15,7 +15,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """(model, tokenizer): SmolLM2-135M-Instruct in fp32; half a minute the first time on a machine, then half a second."""
+    """(model, tokenizer): SmolLM2-135M-Instruct in fp32; converted the first time on a machine, which takes longer."""
     from guerdon.language.models import load_model
 
     return load_model("smollm2-135m")

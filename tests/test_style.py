@@ -23,11 +23,3 @@ def test_ruff():
 @pytest.mark.slow
 def test_mypy(tmp_path: Path):
     check("mypy", "--cache-dir", str(tmp_path))
-
-
-def test_future_annotations():
-    """Annotations are never evaluated at import, so that they may name what is imported for type checkers alone."""
-    line = "from __future__ import annotations"
-    sources = [*ROOT.glob("src/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
-    without = [p for p in sources if line not in (text := p.read_text(encoding="utf-8")) and "import" in text]
-    assert not without

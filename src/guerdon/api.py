@@ -12,13 +12,14 @@ from guerdon.exporting import export
 from guerdon.feedback.readers import read_feedback
 from guerdon.feedback.writers import write_feedback
 from guerdon.fields import build
-from guerdon.methods.base import Method, all_methods, can_learn, get_method
+from guerdon.methods.base import LanguageMethod, Method, all_methods, can_learn, get_method
 from guerdon.training.config import Training
 
 if TYPE_CHECKING:
     from guerdon.evaluation.comparison import Comparison
     from guerdon.evaluation.metrics import Evaluation
     from guerdon.feedback.records import Record
+    from guerdon.training.progress import Progress
     from guerdon.training.rundir import RunDir
 
 __all__ = [
@@ -178,13 +179,14 @@ def collect(
     )
 
 
-def train(method: str | Method, **options: Any) -> RunDir:
+def train(method: str | Method, *, progress: Progress | None = None, **options: Any) -> RunDir:
     """Improve a policy with one method; the run directory that comes back can be evaluated, resumed and exported.
 
     Args:
         method: a name that `guerdon methods` lists, or a method.
+        progress: shows the run to a person, `guerdon.training.progress.Terminal()` for one.
         **options: fields of the method (only where it is named) and of `guerdon.training.config.Training`; `model` and
-            one of `data` and `task` have to be given.
+            either `data` or `task` have to be given.
 
     Raises:
         ConfigError: see `configure`.
@@ -192,20 +194,27 @@ def train(method: str | Method, **options: Any) -> RunDir:
         InvariantError: numbers that could not be trusted; the offending batch is saved in the run directory.
     """
     built, training = configure(method, options, "train")
-    from guerdon.training.language import start
+    from guerdon.runs import start
 
-    return start(built, training)
+    assert isinstance(built, LanguageMethod)
+    return start(built, training, progress)
 
 
-def resume(run: str | Path) -> RunDir:
+def resume(run: str | Path, *, progress: Progress | None = None) -> RunDir:
     """Go on with an interrupted run exactly where its last checkpoint stands."""
-    from guerdon.training.language import resume_run
+    from guerdon.runs import resume
 
-    return resume_run(run)
+    return resume(run, progress)
 
 
 def evaluate(
-    policy: str | Path, *, samples: int = 1, temperature: float = 1.0, max_new_tokens: int = 256, **training: Any
+    policy: str | Path,
+    *,
+    samples: int = 4,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    max_length: int = 2048,
+    **training: Any,
 ) -> Evaluation:
     """Measure a policy on held-out items and write `evaluation.json` into its directory.
 
@@ -214,6 +223,7 @@ def evaluate(
         samples: with a task: completions per prompt, for pass@k up to this k.
         temperature: with a task: of sampling; 0 takes the likeliest token.
         max_new_tokens: with a task: tokens a completion may have.
+        max_length: with feedback: tokens of a prompt with one completion; longer ones are cut.
         **training: fields of `Training` (data, task, seed, ...); a run's own where they are not given. `out` is the
             directory of a model's evaluation.
     """

@@ -140,20 +140,22 @@ class Resume:
 
     def run(self) -> None:
         from guerdon.api import resume
+        from guerdon.training.progress import Terminal
 
         with _resumable(self.run_directory):
-            resume(self.run_directory)
+            resume(self.run_directory, progress=Terminal())
         print(self.run_directory)
 
 
 @dataclass
-class Judging:
-    """How the policy is measured."""
+class Judged:
+    """The policy, and how it is judged."""
 
     policy: Positional[str]  # run directory, or any model that `train --model` takes
-    samples: int = 1  # with a task: completions per prompt, for pass@k up to this k
+    samples: int = 4  # with a task: completions per prompt, for pass@k up to this k
     temperature: float = 1.0  # with a task: sampling temperature; 0 takes the likeliest token
     max_new_tokens: int = 256  # with a task: tokens a completion may have
+    max_length: int = 2048  # with feedback: tokens of a prompt with one completion; longer ones are cut
     json: bool = False  # print JSON
 
 
@@ -185,11 +187,17 @@ class Export:
 
 
 @dataclass
-class Files:
+class Plugins:
+    """What every command takes."""
+
+    plugin: tuple[str, ...] = ()  # Python file that registers methods; may be given more than once
+
+
+@dataclass
+class Files(Plugins):
     """Beside the flags."""
 
     recipe: str | None = None  # YAML file with the keys method, options and training; flags override it
-    plugin: tuple[str, ...] = ()  # Python file that registers methods; every command takes it, and more than once
 
 
 @dataclass
@@ -224,9 +232,10 @@ def _train(argv: list[str]) -> None:
 
     method, training = _flags(get_method(str(name)), recipe, argv)
     from guerdon.api import train
+    from guerdon.training.progress import Terminal
 
     with _resumable(training.out):
-        train(method, **vars(training))
+        train(method, progress=Terminal(), **vars(training))
     print(training.out)
 
 
@@ -270,23 +279,23 @@ def _training_section(*without: str) -> type:
 def _evaluate(argv: list[str]) -> None:
     """Measure a run's policy, or any model, on held-out items."""
     training = _training_section("model")
-    command = make_dataclass("Evaluate", [("judging", Judging), ("training", training), ("files", Files)])
-    start = command(Judging(tyro.MISSING), training(), Files())
+    command = make_dataclass("Evaluate", [("judged", Judged), ("training", training), ("plugins", Plugins)])
+    start = command(Judged(tyro.MISSING), training(), Plugins())
     parsed = _parse(command, argv, "evaluate", _evaluate.__doc__, start)
     from guerdon.api import evaluate
 
     # A run knows its own data, task and seed: only what was typed departs from them.
     typed = _typed(argv)
     said = {k: v for k, v in vars(parsed.training).items() if f"--{k}" in typed or f"--no_{k}" in typed}
-    found = evaluate(parsed.judging.policy, **_without(parsed.judging, "policy", "json"), **said)
-    _print_json(found.means()) if parsed.judging.json else _show_metrics(found.means())
+    found = evaluate(parsed.judged.policy, **_without(parsed.judged, "policy", "json"), **said)
+    _print_json(found.means()) if parsed.judged.json else _show_metrics(found.means())
 
 
 def _compare(argv: list[str]) -> None:
     """Train several methods on the same data with the same budget and seeds, and say what can be told apart."""
     training = _training_section("out", "seed", "max_updates", "max_samples")
-    command = make_dataclass("Compare", [("trials", Trials), ("training", training), ("files", Files)])
-    parsed = _parse(command, argv, "compare", _compare.__doc__, command(Trials(tyro.MISSING), training(), Files()))
+    command = make_dataclass("Compare", [("trials", Trials), ("training", training), ("plugins", Plugins)])
+    parsed = _parse(command, argv, "compare", _compare.__doc__, command(Trials(tyro.MISSING), training(), Plugins()))
     trials: Trials = parsed.trials
     methods = [_recipe_method(m) if m.endswith((".yaml", ".yml")) else m for m in trials.methods]
     from guerdon.api import compare

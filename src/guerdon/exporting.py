@@ -199,7 +199,7 @@ def _settings(source: Path) -> tuple[str, dict[str, Any], Training]:
 
 def _trainer(method: LanguageMethod, training: Training) -> dict[str, Any]:
     """The options that every trainer of TRL has."""
-    name = HUB_NAMES.get(training.model, training.model)
+    name = HUB_NAMES.get(training.model) or _absolute(training.model)
     if name.startswith("tiny:") or name.endswith(".gguf"):
         raise ConfigError(f"export: TRL cannot load '{name}'; it takes hub ids and transformers directories.")
     warm = "constant_with_warmup" if method.schedule == "constant" and method.warmup else method.schedule
@@ -281,7 +281,7 @@ def _write_task(method: LanguageMethod, training: Training, out: Path) -> dict[s
     task = load_task(training.task, verifier=training.verifier, seed=0)
     rows = ({"prompt": record.prompt, "item": item} for item, record in enumerate(task.train))
     write_feedback(out / "data" / "train.jsonl", rows)
-    arguments = f"{training.task!r}, verifier={training.verifier!r}, seed=0"
+    arguments = f"{_absolute(training.task)!r}, verifier={training.verifier!r}, seed=0"
     (out / "rewards.py").write_text(REWARDS.format(arguments=arguments), encoding="utf-8")
     config: dict[str, Any] = {"dataset_name": "data", "reward_funcs": ["rewards.reward"]}
     steps = [_policy_gradient(method)["max_steps"]]
@@ -305,6 +305,11 @@ def reward(completions, item, **_):
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     return [float(TASK.score(TASK.train[i], [text])["reward"][0]) for i, text in zip(item, texts)]
 '''
+
+
+def _absolute(name: str) -> str:
+    """A local path from the root on, as TRL is run elsewhere; any other name as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _write_yaml(file: Path, command: str, config: dict[str, Any]) -> None:

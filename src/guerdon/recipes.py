@@ -1,11 +1,11 @@
 """Recipes: a method, its options and the runner's, written down in YAML.
 
-    method: dpo
-    options:        # fields of the method
-      beta: 0.05
-    training:       # fields of `guerdon.training.config.Training`
-      model: smollm2-135m
-      data: pairs.jsonl
+method: dpo
+options:        # fields of the method
+  beta: 0.05
+training:       # fields of `guerdon.training.config.Training`
+  model: smollm2-135m
+  data: pairs.jsonl
 """
 
 from __future__ import annotations

@@ -226,7 +226,16 @@ def test_no_comparison(tmp_path):
 
 
 def test_commands():
-    training = {"model": "m", "data": None, "task": "t", "skip_bad": True, "log_to": ["wandb"], "seed": 1, "out": "o/1"}
+    training = {
+        "model": "m",
+        "data": None,
+        "task": "t",
+        "skip_bad": True,
+        "log_to": ["wandb"],
+        "stop": [],
+        "seed": 1,
+        "out": "o/1",
+    }
     trial = Trial("dpo", "dpo", {"beta": 0.1}, training, {"samples": 4})
     flags = ["--task", "t", "--skip-bad", "--log-to", "wandb", "--seed", "1", "--out", "o/1"]
     assert guerdon_command(trial, "train")[3:] == ["train", "dpo", "--model", "m", *flags, "--beta", "0.1"]

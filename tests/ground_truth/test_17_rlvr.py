@@ -29,7 +29,7 @@ def test_3_the_same_from_a_group_as_the_sampler_leaves_it():
     group = Group.of([1, 2], [[3, 4, 5]], values={"score": np.array([1.0]), "finished": np.array([1.0])})
     reference = np.array([-1.0, -2.0, -0.5])
     group.segments[1].values = {
-        "old_logps": reference + [0.2, -0.1, 0.4],
+        "old_logps": reference + np.array([0.2, -0.1, 0.4]),
         "ref_logps": reference,
         "values": np.array([1.0, 2.0, 3.0]),
     }

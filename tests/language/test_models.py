@@ -16,7 +16,7 @@ IDS = torch.tensor([[5, 17, 40, 33, 29]])
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """Nobody listens there, so that asking the hub fails as it does without a network."""
+    """The hub is not asked, on a machine with a network either."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -126,7 +126,7 @@ def test_paths_that_lead_nowhere(tmp_path):
     (tmp_path / "policy").mkdir()
     with pytest.raises(ConfigError, match=f"Did you mean '{tmp_path / 'policy'}'"):
         load_model(str(tmp_path / "polcy"))
-    with pytest.raises(ConfigError, match="no config.json"):
+    with pytest.raises(ConfigError, match=r"no config\.json"):
         load_model(str(tmp_path / "policy"))
     (tmp_path / "weights.gguf").write_bytes(b"GGUF but nothing else")
     with pytest.raises(ConfigError, match=r"no such file.*Did you mean .*weights\.gguf"):

@@ -115,7 +115,7 @@ def test_bos_comes_once(char):
     bos = char.bos_token_id
     for prompt in ("ab", "<s>ab"):
         tokens, learn = render(Record(prompt, ["cd"]), char, max_length=20).sequence(0)
-        assert tokens.tolist() == char("abcd").input_ids + [char.eos_token_id]
+        assert tokens.tolist() == [*char("abcd").input_ids, char.eos_token_id]
         assert learn.tolist() == [False] * 3 + [True] * 3
         assert prompt_ids(prompt, char) == char("ab").input_ids
     tokens, _ = render(Record([user("ab")], [[assistant("cd")]]), char, max_length=20).sequence(0)
@@ -127,6 +127,17 @@ def test_an_empty_prompt_starts_from_a_token(char, chatml):
         group = render(Record("", ["one", "two"]), tokenizer, max_length=20)
         assert group.segments[0].tokens.tolist() == prompt_ids("", tokenizer) == [tokenizer.bos_token_id]
         assert parts(group, tokenizer, 1) == (tokenizer.bos_token, "two" + tokenizer.eos_token)
+
+
+def test_without_any_token_to_start_from_a_prompt_needs_text(chatml):
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.bos_token = tokenizer.eos_token = tokenizer.chat_template = None
+    groups, stats = render_all([Record("Q:", [" one", " two"])], tokenizer, max_length=9)
+    assert parts(groups[0], tokenizer, 1) == ("Q:", " two")
+    assert stats.warnings() == ["2 completions have no end-of-sequence token: the policy will not learn to stop"]
+    for completions in (["one", "two"], []):
+        with pytest.raises(DataError, match="f:5: an answer begins at the first token of the text"):
+            render(Record("", completions, where="f:5"), tokenizer, max_length=9)
 
 
 def test_several_turns_learn_the_assistant_alone(chatml):
@@ -171,6 +182,8 @@ def test_strings_may_stand_for_one_turn(chatml):
 def test_a_prompt_alone(chatml):
     group = render(Record([user("Q")], []), chatml, max_length=99)
     assert len(group) == 0 and group.segments[0].tokens.tolist() == prompt_ids([user("Q")], chatml)
+    with pytest.raises(DataError, match=r"f:4: the prompt has \d+ tokens"):
+        render(Record([user("Q")], [], where="f:4"), chatml, max_length=9)
 
 
 def test_a_template_that_forgets_reasoning_is_refused_where_it_matters(chatml):
@@ -182,6 +195,9 @@ def test_a_template_that_forgets_reasoning_is_refused_where_it_matters(chatml):
         render(Record([user("a")], [[first, user("b"), second]], where="data.jsonl:7"), tokenizer, max_length=99)
     message = str(caught.value)
     assert message.startswith("data.jsonl:7: the chat template rewrites earlier turns")
+    assert verify_template(tokenizer) == [
+        "it rewrites earlier answers, so that only the last one of a conversation can be learned"
+    ]
     assert "<think>x" in message and "at character 51" in message and "only appends" in message
 
 
@@ -225,7 +241,6 @@ def test_what_a_template_refuses_is_said(chatml):
 
 def test_templates_that_are_in_order(char, chatml):
     assert verify_template(char) == verify_template(chatml) == []
-    assert verify_template(templated(chatml, FORGETS_REASONING)) == []  # plain answers survive it
 
 
 def test_tools_and_template_arguments_reach_the_template(chatml):

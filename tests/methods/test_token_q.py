@@ -101,6 +101,21 @@ def test_wider_beams_find_likelier_answers_and_several_stop_tokens_end_them():
     assert logps == sorted(logps)
 
 
+def test_likely_stop_tokens_do_not_crowd_out_answers_that_go_on():
+    class Policy:
+        """Stops at once with 0 or 1, or says 2 or 3 and then stops with 0."""
+
+        def start(self, prompts):
+            return torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+
+        def step(self, rows, tokens):
+            return torch.tensor([[1.0, 0, 0, 0]]).log().expand(len(rows), 4)
+
+    [found] = beam_search(Policy(), [[]], beams=2, max_new_tokens=2, stop=[0, 1], keep=4)
+    assert [h.tokens for h in found] == [(0,), (1,), (2, 0), (3, 0)]
+    np.testing.assert_allclose(np.exp([h.logp for h in found]), [0.4, 0.3, 0.2, 0.1], rtol=1e-6)
+
+
 def test_an_answer_that_ended_ranks_above_one_that_was_cut():
     assert Hypothesis(True, -9.0, (1, 0)) > Hypothesis(False, -1.0, (1, 1))
 

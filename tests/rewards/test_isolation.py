@@ -54,7 +54,7 @@ def test_a_defect_keeps_its_traceback_and_the_child_goes_on() -> None:
 
 def test_a_mistake_of_the_user_stays_one() -> None:
     with pytest.raises(ConfigError, match="no generator 'chain_sun'"):
-        Isolated("guerdon.tasks.reasoning.generator", "chain_sun", {})(0, 0)
+        Isolated("guerdon.tasks.reasoning.generators")("chain_sun", {}, 0, 0)
 
 
 def test_an_interrupted_call_leaves_no_late_reply() -> None:

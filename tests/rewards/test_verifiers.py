@@ -66,7 +66,7 @@ def test_the_sign_that_the_published_pattern_drops() -> None:
 
 @given(
     st.decimals(min_value=-(10**12), max_value=10**12, allow_nan=False, places=3) | st.integers(-(10**15), 10**15),
-    st.sampled_from(["{}", "The answer is {}.", "3 + 4 = {}", "#### {}", "\\boxed{{{}}}", "x={}\n", "12, {}", "**{}**"]),
+    st.sampled_from(["{}", "The answer is {}.", "3 + 4 = {}", "#### {}", "\\boxed{{{}}}", "x={}\n", "**{}**"]),
     st.booleans(),
 )
 def test_a_number_is_read_back_as_it_was_written(number: Decimal | int, frame: str, thousands: bool) -> None:

@@ -103,9 +103,8 @@ def load_comparison(directory: str | Path) -> Comparison:
     for trial in _trials(settings, directory):
         _add_trial(rows[trial.label], trial)
     primary, pairs = judge(list(rows.values()))
-    order = list(
-        dict.fromkeys([label for pair in pairs for label in pair] + list(rows))
-    )  # pairs go from better to worse
+    # pairs go from better to worse, so that their labels come best first
+    order = list(dict.fromkeys([label for pair in pairs for label in pair] + list(rows)))
     ranked = sorted(rows.values(), key=lambda row: (row.method is not None, not row.seeds, order.index(row.label)))
     comparison = Comparison(directory, settings, said["command"], said["looks"], primary, ranked, pairs)
     comparison.verdict = verdict(comparison)

@@ -101,7 +101,8 @@ def _by_task(
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= how.samples]
     metrics = completion_metrics(rewards, lengths, finished, ks=ks, binary=task.binary)
     groups = [
-        Group.of(prompt_ids(p, policy.tokenizer), [c.tokens for c in cs]) for p, cs in zip(prompts, answers, strict=True)
+        Group.of(prompt_ids(p, policy.tokenizer), [c.tokens for c in cs])
+        for p, cs in zip(prompts, answers, strict=True)
     ]
     policy.annotate(groups, "logps")
     start(groups, "start")

@@ -32,8 +32,8 @@ _KINDS = {
     "reward": MetricKind("mean reward", 1),
     "preference/accuracy": MetricKind("preference accuracy", 1, (0.0, 1.0)),
     "preference/margin": MetricKind("implicit reward margin", 1),
-    "nll": MetricKind("held-out NLL (nats per token)", -1),
-    "kl": MetricKind("KL to the start (nats per completion)"),
+    "nll": MetricKind("NLL (nats per token)", -1),
+    "kl": MetricKind("KL to the start (nats)"),
     "length": MetricKind("length (tokens)"),
     "truncated": MetricKind("truncated share", -1, (0.0, 1.0)),
 }

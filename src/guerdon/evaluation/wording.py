@@ -94,7 +94,7 @@ def shared_metrics(comparison: Comparison) -> list[str]:
 
 def number_text(value: float) -> str:
     """Three decimals below 10, whole numbers from 1,000, three digits between."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def interval_text(interval: Interval | Difference) -> str:

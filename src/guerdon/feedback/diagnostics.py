@@ -209,7 +209,7 @@ def _cycle(graph: Graph, part: list[str]) -> list[str]:
     Where every preference of the component is contradicted, there is none that is not already told as contradictions.
     """
     inside = set(part)
-    one_way = ((a, b) for a in part for b in graph[a] if b in inside and a not in graph[b])
+    one_way = ((a, b) for a in graph if a in inside for b in graph[a] if b in inside and a not in graph[b])
     start, first = next(one_way, ("", ""))
     if not first:
         return []
@@ -269,7 +269,7 @@ def length_bias(view: View, lengths: Sequence[Sequence[int]]) -> tuple[dict[str,
             f"(95% interval {_interval(low, high, kind)})",
             biased,
             len(differences),
-            "A policy may learn length instead of quality: watch length/mean, or use a length-normalised loss.",
+            "A policy may learn length instead of quality: watch the lengths, or use a length-normalised loss.",
         )
     return bias, findings
 

@@ -140,10 +140,7 @@ def _truncation(
 
 
 def render(report: dict[str, Any]) -> Group:
-    """What `inspect_feedback` returned, for `rich.console.Console.print`.
-
-    Where a layer above has added `methods`, the names of those that can learn from the feedback, they are shown too.
-    """
+    """What `inspect_feedback` returned, for `rich.console.Console.print`."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -160,7 +157,6 @@ def render(report: dict[str, Any]) -> Group:
         "columns": ", ".join(report["columns"]),
         "scripts": ", ".join(f"{name} {share:.1%}" for name, share in report["scripts"].items()),
         "labels": ", ".join(f"{count:,} {name}" for name, count in report.get("labels", {}).items()),
-        "methods": ", ".join(report.get("methods", ())),
         "digest": report["digest"][:16],
     }
     bias = report.get("length_bias")

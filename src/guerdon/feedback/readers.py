@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
@@ -12,7 +11,7 @@ from typing import Any
 
 from guerdon.errors import ConfigError, DataError
 from guerdon.feedback.records import Kind, Record
-from guerdon.feedback.schema import RowError, detect, plain
+from guerdon.feedback.schema import RowError, detect
 from guerdon.feedback.sources import Row, open_source
 
 _SAMPLE = 1000  # rows by which the type is told
@@ -62,11 +61,6 @@ class Feedback:
     @property
     def conversational(self) -> bool:
         return any(record.conversational for record in self.records)
-
-    def texts(self) -> Iterator[str]:
-        """The words of every prompt and completion."""
-        for record in self.records:
-            yield from (plain(text) for text in (record.prompt, *record.completions) if text is not None)
 
     def says(self) -> set[str]:
         """What the feedback says, to be matched with what a method learns from.
@@ -171,7 +165,7 @@ def _bad_rows(source: str, bad: list[BadRow], total: int, advice: str) -> str:
 
 
 def _split_key(record: Record, seed: int) -> bytes:
-    content = record.completions if record.prompt is None else record.prompt
+    content = record.completions[0] if record.prompt is None else record.prompt
     content = content.strip() if isinstance(content, str) else content
     return hashlib.sha256(_canonical([seed, content])).digest()
 

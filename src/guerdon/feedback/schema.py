@@ -77,7 +77,8 @@ class Layout:
         self._check_type(row)
         record = _BUILDERS[self.kind](self, row)
         record.where = where
-        record.columns = {name: value for name, value in row.items() if name not in self.roles} | record.columns
+        others = {name: value for name, value in row.items() if name not in self.roles}
+        record.columns = {n: v for n, v in others.items() if v is not None or n not in ROLES} | record.columns
         return record
 
     def _check_type(self, row: dict[str, Any]) -> None:
@@ -141,35 +142,37 @@ def _check_forms(source: str, kind: Kind, forms: dict[str, Form]) -> None:
         raise DataError(f"{source}: {told}. Give all of them as text or all of them as messages.")
 
 
-def _near_miss(role: str, columns: Iterable[str]) -> str | None:
-    """The column that is most likely meant to be `role`, if any."""
-    alike = {
-        name: SequenceMatcher(None, name.lower(), role).ratio() for name in columns if abs(len(name) - len(role)) <= 2
-    }
-    best = max(alike, key=lambda name: alike[name], default=None)
-    return best if best is not None and alike[best] >= 0.8 else None
+def _likeness(name: str, role: str) -> float:
+    """From 0 to 1: how likely `name` is a slip for `role` (and not, as `prompt_id`, a name of its own)."""
+    return SequenceMatcher(None, name.lower(), role).ratio() if abs(len(name) - len(role)) <= 2 else 0.0
+
+
+_ALIKE = 0.8
+_HALVES = ("chosen", "rejected", "completions")  # columns that say nothing without a second one
 
 
 def _check_misspelt(source: str, columns: list[str], kind: Kind, roles: tuple[str, ...]) -> None:
     """Refuse a weaker type where the columns all but make up a stronger one: half of the feedback would be ignored."""
     for stronger, names in TYPES[: TYPES.index((kind, roles))]:
         missing = [name for name in names if name not in columns]
-        near_miss = _near_miss(missing[0], [c for c in columns if c not in roles]) if len(missing) == 1 else None
-        if near_miss is not None:
+        others = [name for name in columns if name not in (*roles, *_HALVES)]
+        near_miss = max(others, key=lambda name: _likeness(name, missing[0]), default="") if len(missing) == 1 else ""
+        if near_miss and _likeness(near_miss, missing[0]) >= _ALIKE:
             raise DataError(
                 f"{source}: found the columns {_quoted(columns)}. Did you mean '{missing[0]}' by '{near_miss}', for "
                 f"the type {stronger} ({', '.join(names)})? Rename it; otherwise call '{near_miss}' something else."
             )
-    halves = [name for name in ("chosen", "rejected", "completions") if name in columns and name not in roles]
-    if halves and kind in ("prompt_only", "prompt_completion", "unpaired_preference"):
+    half = any(name in columns and name not in roles for name in _HALVES)
+    if half and kind in ("prompt_only", "prompt_completion", "unpaired_preference"):
         raise DataError(_no_type(source, columns))
 
 
 def _no_type(source: str, columns: list[str]) -> str:
     hints = []
     for name in columns:
-        role = _SYNONYMS.get(name.lower()) or next((r for r in ROLES if _near_miss(r, [name])), None)
-        if name not in ROLES and role is not None and role not in columns:
+        nearest = max(ROLES, key=lambda role: _likeness(name, role))
+        role = _SYNONYMS.get(name.lower(), nearest if _likeness(name, nearest) >= _ALIKE else "")
+        if role and name not in ROLES and role not in columns:
             hints.append(f"'{role}' for '{name}'")
     hint = f" Did you mean {', '.join(hints)}?" if hints else ""
     known = "\n".join(f"  {kind}: {', '.join(names)}" for kind, names in TYPES)

@@ -97,7 +97,8 @@ class _Facts:
     Attributes:
         encoder: the backend without its post-processor, which would trim spaces off the offsets.
         bos: the token that the tokenizer puts before plain text, or nothing.
-        start: the token before a text whose first token is learned although nothing precedes it, or nothing.
+        start: the token before an answer that nothing precedes: beginning, else end of sequence.
+        eos: the end-of-sequence token.
         tail: what the chat template writes after the content of a last answer.
         closing: the part of `tail` up to and including its end-of-turn token; empty without one.
         ends: tokens that end an answer.
@@ -106,7 +107,7 @@ class _Facts:
 
     encoder: Any
     bos: list[int]
-    start: list[int]
+    start: int | None
     eos: int | None
     tail: str
     closing: str
@@ -191,15 +192,7 @@ def prompt_ids(prompt: Text, tokenizer: Any) -> list[int]:
     Raises:
         DataError: an empty prompt for a tokenizer that has no token to start from, or a template that refuses it.
     """
-    facts = _facts(tokenizer)
-    if isinstance(prompt, list):
-        text = _apply(tokenizer, prompt, True, Record(prompt, []))
-        return facts.encoder.encode(text, add_special_tokens=False).ids
-    ids = facts.encoder.encode(prompt, add_special_tokens=False).ids
-    ids = (ids if ids[:1] == facts.bos else facts.bos + ids) or facts.start
-    if not ids:
-        raise DataError("an empty prompt, and the tokenizer has no token to start from: give the prompt some text.")
-    return ids
+    return _prompt_ids(Record(prompt, []), tokenizer, _facts(tokenizer))
 
 
 def stop_ids(tokenizer: Any, model: Any = None) -> set[int]:
@@ -213,25 +206,25 @@ def verify_template(tokenizer: Any) -> list[str]:
     """What is unusual about the tokenizer's chat template, one sentence each; nothing where all is well."""
     if not tokenizer.chat_template:
         return ["the tokenizer has no chat template: conversational feedback cannot be rendered"]
-    turns: list[Message] = [
-        {"role": "user", "content": "First?"},
-        {"role": "assistant", "content": "One."},
-        {"role": "user", "content": "Second?"},
-        {"role": "assistant", "content": "Two."},
-    ]
-    record = Record(turns[:1], [turns[1:]])
+    asked: list[Message] = [{"role": "user", "content": "First?"}]
+    answered = [*asked, {"role": "assistant", "content": "One."}]
+    reasoned = [*asked, {"role": "assistant", "content": "<think>\nWell.\n</think>\n\nOne."}]
+    whole = [*reasoned, {"role": "user", "content": "Second?"}, {"role": "assistant", "content": "Two."}]
+    record = Record(asked, [])
+
+    def begins(long: list[Message], short: list[Message], generation: bool = False) -> bool:
+        return _apply(tokenizer, long, False, record).startswith(_apply(tokenizer, short, generation, record))
+
+    findings = []
     try:
-        asked, answered, whole = (_apply(tokenizer, turns[:n], False, record) for n in (1, 2, 4))
-        opened = _apply(tokenizer, turns[:1], True, record)
+        if not begins(answered, asked):
+            findings.append("it rewrites the prompt once an answer follows, so no answer can be told from its prompt")
+        elif not begins(answered, asked, generation=True):
+            findings.append("its generation prompt is not how an answer begins: the header of the turn is learned too")
+        if not begins(whole, reasoned):
+            findings.append("it rewrites earlier answers, so that only the last one of a conversation can be learned")
     except DataError as error:
         return [str(error)]
-    findings = []
-    if not answered.startswith(asked):
-        findings.append("it rewrites the prompt once an answer follows, so no answer can be told from its prompt")
-    elif not answered.startswith(opened):
-        findings.append("its generation prompt is not how an answer begins: the header of the turn is learned too")
-    if not whole.startswith(answered):
-        findings.append("it rewrites earlier turns: only the last answer of a conversation can be learned")
     if not _facts(tokenizer).closing:
         findings.append("it ends an answer without an end-of-turn token: the end-of-sequence token is appended instead")
     return findings
@@ -319,7 +312,7 @@ def _assemble(
         shared, learned = _shared(record, learned, facts)
         root = learned[0][0][:shared]
     else:
-        shared, root = 0, np.array(prompt_ids(record.prompt or "", tokenizer), dtype=np.int64)
+        shared, root = 0, np.array(_prompt_ids(record, tokenizer, facts), dtype=np.int64)
     longest = max((len(tokens) for tokens, _ in learned), default=len(root) + 1)
     if longest > max_length and overlong != "cut":
         raise _OverlongError(
@@ -365,6 +358,22 @@ def _assemble(
     return group
 
 
+def _prompt_ids(record: Record, tokenizer: Any, facts: _Facts) -> list[int]:
+    if isinstance(record.prompt, list):
+        return facts.encoder.encode(_apply(tokenizer, record.prompt, True, record), add_special_tokens=False).ids
+    ids = facts.encoder.encode(record.prompt or "", add_special_tokens=False).ids
+    return (ids if ids[:1] == facts.bos else facts.bos + ids) or _start(record, facts)
+
+
+def _start(record: Record, facts: _Facts) -> list[int]:
+    if facts.start is None:
+        raise DataError(
+            f"{_place(record)}an answer begins at the first token of the text, and the tokenizer has no token to put "
+            "before it: give the prompt some text that does not run into the answer."
+        )
+    return [facts.start]
+
+
 def _shared(
     record: Record, learned: list[tuple[np.ndarray, np.ndarray]], facts: _Facts
 ) -> tuple[int, list[tuple[np.ndarray, np.ndarray]]]:
@@ -373,10 +382,10 @@ def _shared(
     for tokens, _ in learned[1:]:
         differs = np.flatnonzero(learned[0][0][:shared] != tokens[:shared])
         shared = int(differs[0]) if len(differs) else shared
-    if shared == 0 and record.prompt is not None and facts.start:
-        before = np.array(facts.start), np.zeros(1, dtype=bool)
-        learned = [(np.concatenate([before[0], t]), np.concatenate([before[1], m])) for t, m in learned]
-    # Without a start token the first one of a text has nothing that it could be predicted from.
+    if shared == 0 and record.prompt is not None:
+        start = _start(record, facts)
+        learned = [(np.concatenate([start, tokens]), np.append(False, learn)) for tokens, learn in learned]
+    # The first token of a text without a prompt has nothing that it could be predicted from.
     shared = max(shared, 1)
     if not all(learn[shared:].any() for _, learn in learned):
         raise DataError(f"{_place(record)}a completion has no token that could be learned.")
@@ -420,19 +429,20 @@ def _facts(tokenizer: Any) -> _Facts:
             f"{type(tokenizer).__name__} does not say where its tokens lie in the text, so no exact mask can be made: "
             "guerdon needs a fast tokenizer (tokenizer.json)."
         )
-    return _find_facts(tokenizer, repr(tokenizer.chat_template), tokenizer.eos_token_id, len(tokenizer))
+    changeable = (repr(tokenizer.chat_template), tokenizer.eos_token_id, len(tokenizer))
+    return _find_facts(tokenizer, changeable)
 
 
 @lru_cache(maxsize=16)
-def _find_facts(tokenizer: Any, template: str, eos: int | None, size: int) -> _Facts:
+def _find_facts(tokenizer: Any, changeable: tuple[Any, ...]) -> _Facts:
     from tokenizers import Tokenizer
 
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.post_processor = None
     encoder.no_padding()
     encoder.no_truncation()
-    first, bos = tokenizer("").input_ids[:1], [tokenizer.bos_token_id]
-    start = next(([token] for token in (*bos, eos) if token is not None), [])
+    first, bos, eos = tokenizer("").input_ids[:1], [tokenizer.bos_token_id], tokenizer.eos_token_id
+    start = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     tail, closing, ends = _tail(tokenizer), "", set() if eos is None else {eos}
     encoded = encoder.encode(tail, add_special_tokens=False)
     for token, (_, end) in zip(encoded.ids, encoded.offsets, strict=True):

@@ -110,7 +110,7 @@ class _Call:
             value = value.item()  # a NumPy or torch scalar
         if not isinstance(value, Real):
             raise self.failure(completion, f"returned {_spelled(value)} where a number has to be")
-        if not abs(float(value)) <= np.finfo(np.float32).max:
+        if not abs(float(value)) <= float(np.finfo(np.float32).max):
             raise self.failure(completion, f"returned {float(value)}")
         return float(value)
 

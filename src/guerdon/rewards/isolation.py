@@ -6,6 +6,7 @@ machine is, and works from any thread. The child starts at the first call and ag
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -101,7 +102,8 @@ def _serve(setup: str) -> None:
     factory, factory_args, seconds, memory = json.loads(setup)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the replies
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
     module, _, name = factory.rpartition(".")
     function = None

@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def rlvr_score(
-    verified: np.ndarray, finished: np.ndarray, bonus: float = 10.0, penalty: float = -10.0
-) -> np.ndarray:
+def rlvr_score(verified: np.ndarray, finished: np.ndarray, bonus: float = 10.0, penalty: float = -10.0) -> np.ndarray:
     """score = penalty where a completion has no end of sequence, else bonus where it is verified, else 0.
 
     Args:

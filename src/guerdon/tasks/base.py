@@ -109,7 +109,7 @@ def parse_task(spec: str) -> TaskSpec:
         return TaskSpec("reasoning-gym", name, _params(spec, query))
     if colon and near(prefix, [GYM]):
         raise ConfigError(f"no kind of task is called '{prefix}'.{near(prefix, [GYM])}")
-    if re.fullmatch(r"\w*", spec) and not Path(spec).is_dir():
+    if not spec or (re.fullmatch(r"\w+", spec) and not Path(spec).is_dir()):
         raise ConfigError(
             f"there is no task '{spec}': a task is {GYM}:NAME?param=value (perhaps {GYM}:{spec or 'chain_sum'}), "
             "or a file of prompts with a verifier."
@@ -143,8 +143,8 @@ def load_task(
         verifier: spec of a verifier (`guerdon.rewards.verifiers`), or several with their weights; a generated task
             brings its own, called "correct", and a file of prompts needs one.
         seed: which training prompts are drawn, and their order. Held-out ones do not depend on it.
-        train_size, test_size: prompts on each side. By default 2000 and 200 are generated; of a file, a tenth of the
-            prompts is held out and all others are trained on.
+        train_size, test_size: prompts on each side. By default what the spec of a generated task says (2000 and 200);
+            of a file, a tenth of the prompts is held out and all others are trained on.
 
     Raises:
         ConfigError: a spec, parameter or verifier that is wrong, or a task with too few different prompts.

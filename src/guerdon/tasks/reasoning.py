@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from itertools import count
 from typing import Any, Literal
 
@@ -59,7 +59,7 @@ def load_reasoning(
 ) -> Task:
     """Distinct questions of one generator; arguments and errors as in `load_task`, sizes before those of the spec."""
     how, params = _options(spec, parsed.params)
-    gym = Isolated("guerdon.tasks.reasoning.generator", parsed.name, params)
+    gym = partial(_child(), parsed.name, params)
     rewards = Rewards.of("correct" if verifier is None else verifier, _scorer(spec, gym, how.extract))
     notes = []
     sides = {}
@@ -125,7 +125,7 @@ def _record(spec: str, how: GymOptions, seed: int, index: int, question: str, an
 Item = tuple[int, int, str, str | None]  # seed, index, question, answer
 
 
-def _draw(spec: str, gym: Isolated, held_out: bool, size: int, draw: str) -> list[Item]:
+def _draw(spec: str, gym: Callable[..., Any], held_out: bool, size: int, draw: str) -> list[Item]:
     """Up to `size` items of one side, each question once; fewer where long drawing brings nothing new."""
     found: list[Item] = []
     seen: set[str] = set()
@@ -153,7 +153,7 @@ def _is_held_out(question: str) -> bool:
     return int.from_bytes(digest, "little") < HELD_OUT * 2**64
 
 
-def _scorer(spec: str, gym: Isolated, extract: Extract) -> Verifier:
+def _scorer(spec: str, gym: Callable[..., Any], extract: Extract) -> Verifier:
     def score(record: Record, completion: str) -> float:
         seed, index = record.columns["item"]
         candidates = answers(completion, record.columns["answer"], extract)
@@ -170,45 +170,54 @@ def _scorer(spec: str, gym: Isolated, extract: Extract) -> Verifier:
     return Verifier(spec, "correct", judge, columns=("item", "question"))
 
 
-def generator(name: str, params: dict[str, str]) -> Callable[..., Any]:
-    """What runs in the child process: `(seed, index)` gives question and answer of an item, and
-    `(seed, index, question, candidates)` the best score among the candidates, 1 being right.
+@cache
+def _child() -> Isolated:
+    return Isolated("guerdon.tasks.reasoning.generators")
+
+
+def generators() -> Callable[..., Any]:
+    """What runs in the child process: `(name, params, seed, index)` gives question and answer of an item, and
+    `(name, params, seed, index, question, candidates)` the best score among the candidates, 1 being right.
 
     Raises:
-        ConfigError: reasoning-gym is not installed, or there is no such generator or parameter.
+        ConfigError: reasoning-gym is not installed; the call, where there is no such generator or parameter.
     """
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise ConfigError(f"tasks of {GYM} need reasoning-gym: pip install 'guerdon[tasks]'.") from error
-    if name not in DATASETS:
-        similar = ", ".join(get_close_matches(name, DATASETS, n=8, cutoff=0.3)) or "chain_sum"
-        raise ConfigError(
-            f"{GYM} has no generator '{name}'.{near(name, DATASETS)} Similar among its {len(DATASETS)}: {similar}."
-        )
-    dataset_class, config_class = DATASETS[name]
-    typed = _typed(config_class, params, f"{GYM}:{name}")
 
     @lru_cache(maxsize=4)
-    def dataset(seed: int) -> Any:
-        try:
-            config = config_class(**typed, seed=seed, size=CHUNK)
-            config.validate()
-            return dataset_class(config)
-        except (AssertionError, ValueError) as error:
-            raise ConfigError(f"{GYM}:{name}: {error}.") from error
+    def dataset(name: str, params: tuple[tuple[str, str], ...], seed: int) -> Any:
+        if name not in DATASETS:
+            similar = ", ".join(get_close_matches(name, DATASETS, n=8, cutoff=0.3)) or "chain_sum"
+            raise ConfigError(
+                f"{GYM} has no generator '{name}'.{near(name, DATASETS)} Similar among its {len(DATASETS)}: {similar}."
+            )
+        dataset_class, config_class = DATASETS[name]
+        config = config_class(**_typed(config_class, dict(params), f"{GYM}:{name}"), seed=seed, size=CHUNK)
+        config.validate()
+        return dataset_class(config)
 
     @lru_cache(maxsize=64)
-    def entry(seed: int, index: int) -> dict[str, Any]:
-        return dataset(seed)[index]
+    def entry(name: str, params: tuple[tuple[str, str], ...], seed: int, index: int) -> dict[str, Any]:
+        try:
+            return dataset(name, params, seed)[index]
+        except ConfigError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"{GYM}:{name} makes no items with these parameters: {what}.") from error
 
-    def call(seed: int, index: int, question: str | None = None, candidates: list[str] | None = None) -> Any:
-        item = entry(seed, index)
-        if candidates is None:
+    def call(name: str, params: dict[str, str], seed: int, index: int, *answered: Any) -> Any:
+        given = tuple(params.items())
+        item = entry(name, given, seed, index)
+        if not answered:
             return item["question"], item["answer"]
+        question, candidates = answered
         if item["question"] != question:
             raise DataError(f"{GYM}:{name}: item {index} of seed {seed} is another question in this version of {GYM}.")
-        return max((_score(dataset(seed), candidate, item) for candidate in candidates), default=0.0)
+        return max((_score(dataset(name, given, seed), candidate, item) for candidate in candidates), default=0.0)
 
     return call
 

@@ -24,7 +24,9 @@ class Training:
     lora_rank: int = 0  # 0 trains all weights
     lora_alpha: float = 32.0  # LoRA scale numerator
     sampler: str = "local"  # local, vllm, or the address of an OpenAI-compatible server
-    overlong: Literal["refuse", "cut", "drop"] = "cut"  # what is done with completions beyond max_length; always counted
+    overlong: Literal["refuse", "cut", "drop"] = (
+        "cut"  # what is done with completions beyond max_length; always counted
+    )
     skip_bad: bool = False  # go on past rows that cannot be read; they are counted and listed
     max_updates: int = 0  # stop after this many updates; 0 goes on to the end
     max_samples: int = 0  # with a task: stop after this many sampled completions; 0 goes on to the end

@@ -56,7 +56,7 @@ class Distribution:
             raise ConfigError(
                 "several processes need accelerate: `pip install 'guerdon[distributed]'` installs it."
             ) from error
-        state = PartialState()
+        state = PartialState(cpu=not torch.cuda.is_available())
         return cls(state.process_index, state.num_processes, str(state.device))
 
     @property

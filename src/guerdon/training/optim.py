@@ -108,12 +108,11 @@ class MasterAdamW:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything that a later `load_state_dict` needs, by flat names for safetensors; not copies.
 
-        `step`, `exp_avg.NAME` and `exp_avg_sq.NAME`, and `master.NAME` for parameters that are not fp32.
+        `step`, `master.NAME` (the weights in fp32), `exp_avg.NAME` and `exp_avg_sq.NAME`.
         """
         tensors = {"step": torch.zeros((), dtype=torch.int64)}
-        for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
-            if parameter is not master:
-                tensors[f"master.{name}"] = master.detach()
+        for name, master in zip(self.names, self.masters, strict=True):
+            tensors[f"master.{name}"] = master.detach()
             for key, value in self._adamw.state[master].items():
                 if key == "step":
                     tensors["step"] = value.to("cpu", torch.int64)
@@ -124,16 +123,14 @@ class MasterAdamW:
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned, bit for bit; `GuerdonError` where it belongs to another model."""
         steps, moments = float(tensors["step"]), ("exp_avg", "exp_avg_sq")
-        for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
-            keys = [*(["master"] if parameter is not master else []), *(moments if steps else [])]
-            for key in keys:
+        for name, master in zip(self.names, self.masters, strict=True):
+            for key in ("master", *(moments if steps else ())):
                 found = tensors.get(f"{key}.{name}")
                 if found is None or found.shape != master.shape:
                     raise GuerdonError(
                         f"the checkpoint is of another model: {key}.{name} is missing or has another shape."
                     )
-            if parameter is not master:
-                master.detach().copy_(tensors[f"master.{name}"])
+            master.detach().copy_(tensors[f"master.{name}"])
             if steps:
                 state = {key: tensors[f"{key}.{name}"].to(master.device, copy=True) for key in moments}
                 self._adamw.state[master] = {"step": torch.tensor(steps, device=master.device), **state}

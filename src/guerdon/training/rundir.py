@@ -62,7 +62,8 @@ class RunDir:
             )
         try:
             run.path.mkdir(parents=True, exist_ok=True)
-            if any(run.path.iterdir()):
+            left_by_a_kill = {"environment.json", ".environment.json", ".config.json"}
+            if {file.name for file in run.path.iterdir()} - left_by_a_kill:
                 raise ConfigError(f"{path} is not empty and holds no run: choose a new directory with --out.")
             config = {
                 "guerdon": __version__,

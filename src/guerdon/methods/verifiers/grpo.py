@@ -47,8 +47,8 @@ class GRPO(LanguageMethod):
     """Group relative policy optimisation (DeepSeekMath, arXiv 2402.03300, equations 3 and 4).
 
     The mathematics and the KL coefficient are the paper's; it sampled 64 completions for each of 1024 prompts. With one
-    epoch and `batch_size` at least `prompts_per_round` every update is on-policy and nothing is ever clipped. The KL term
-    k3 is the paper's; `kl_estimate` says what its gradient is and what the other estimators change.
+    epoch and `batch_size` at least `prompts_per_round` every update is on-policy and nothing is ever clipped. The KL
+    term k3 is the paper's; `kl_estimate` says what its gradient is and what the other estimators change.
     """
 
     scale: Scale = "std"  # deviation that divides advantages: over n - 1, over n, or none

@@ -78,13 +78,14 @@ class PPO(LanguageMethod):
     def setup(self, run: LanguageRun) -> None:
         """Start the value model from a reward model with its head, or from the policy with a head of zero."""
         from guerdon.language.models import load_model
+        from guerdon.language.policy import HEAD
 
         head = None
         if self.value_model is None:
             model, _ = run.load_start()
         else:
             model, _ = load_model(self.value_model)
-            if (saved := Path(self.value_model) / "head.safetensors").exists():
+            if (saved := Path(self.value_model) / HEAD).exists():
                 from safetensors.torch import load_file
 
                 head = load_file(saved)["weight"]

@@ -1,0 +1,1 @@
+"""Methods, one file each, in rooms named by what they learn from."""

@@ -282,14 +282,10 @@ def test_evaluate_passes_on_only_what_was_typed(monkeypatch):
         raise ConfigError("far enough")
 
     monkeypatch.setattr(api, "evaluate", evaluate)
-    assert cli.main(["evaluate", "run", "--eval-items", "200", "--no-skip-bad", "--samples", "2"]) == 2
+    assert cli.main(["evaluate", "run", "--eval-items", "200", "--no-skip-bad", "--max-length", "9"]) == 2
     policy, rest = calls[0]
     assert policy == "run"
-    assert {k: v for k, v in rest.items() if k in ("eval_items", "skip_bad", "samples", "task", "seed")} == {
-        "eval_items": 200,
-        "skip_bad": False,
-        "samples": 2,
-    }
+    assert rest == {"eval_items": 200, "skip_bad": False, "max_length": 9}
 
 
 # Interruption and plugins ---------------------------------------------------------------------------------------------
@@ -407,3 +403,17 @@ def test_train_writes_a_run_and_does_not_write_over_it(pairs, tmp_path):
     again = run(*argv, "--out", "mine", cwd=tmp_path)
     assert again.returncode == 2
     assert "guerdon resume mine" in again.stderr
+
+
+@pytest.mark.slow
+def test_collect_writes_what_every_command_reads(tmp_path):
+    task = "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1"
+    model = "tiny:layers=1,width=32,heads=2"
+    argv = ["collect", "--task", task, "--model", model, "--out", "answers.jsonl", "--prompts", "3", "--n", "2"]
+    done = run(*argv, "--max-new-tokens", "4", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (json.loads(done.stdout)["prompts"], json.loads(done.stdout)["completions"]) == (3, 6)
+    found = json.loads(run("inspect", "answers.jsonl", "--json", cwd=tmp_path).stdout)
+    assert (found["kind"], found["rows"], "grpo" in found["methods_as_task"]) == ("scored", 3, True)
+    seen = json.loads(run("look", "answers.jsonl", "--model", model, "--records", "2", "--json", cwd=tmp_path).stdout)
+    assert [len(record["completions"]) for record in seen["records"]] == [2, 2]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from guerdon.errors import ConfigError, GuerdonError, near
 from guerdon.exporting import export
 from guerdon.feedback.readers import read_feedback
+from guerdon.feedback.records import Record, texts
 from guerdon.feedback.writers import write_feedback
 from guerdon.fields import build
 from guerdon.methods.base import LanguageMethod, Method, all_methods, can_learn, get_method
@@ -18,7 +19,7 @@ from guerdon.training.config import Training
 if TYPE_CHECKING:
     from guerdon.evaluation.comparison import Comparison
     from guerdon.evaluation.metrics import Evaluation
-    from guerdon.feedback.records import Record
+    from guerdon.language.policy import Policy
     from guerdon.training.progress import Progress
     from guerdon.training.rundir import RunDir
 
@@ -98,7 +99,7 @@ def inspect(
     feedback = read_feedback(source, skip_bad=skip_bad, limit=limit, split=split)
     count = None
     if model is not None:
-        _, tokenizer = _load(model, feedback.records)
+        tokenizer = _tokenizer(model, feedback.records)
 
         def count(texts: list[str]) -> list[int]:
             return [len(ids) for ids in tokenizer(texts).input_ids]
@@ -130,8 +131,7 @@ def look(
     from guerdon.language.look import look
 
     feedback = read_feedback(source, skip_bad=skip_bad, split=split)
-    _, tokenizer = _load(model, feedback.records)
-    return look(feedback.records, tokenizer, records, max_length=max_length)
+    return look(feedback.records, _tokenizer(model, feedback.records), records, max_length=max_length)
 
 
 def collect(
@@ -154,8 +154,8 @@ def collect(
 
     A killed collection goes on where it stopped; see `guerdon.tasks.collect.collect`, also for what is returned.
     """
-    from guerdon.language.forward import GroupModel, supports_groups
     from guerdon.language.models import fingerprint
+    from guerdon.language.policy import Policy
     from guerdon.language.sampling import make_sampler
     from guerdon.language.sampling.base import Sampling
     from guerdon.language.templates import stop_ids
@@ -163,18 +163,18 @@ def collect(
     from guerdon.tasks.collect import collect
 
     loaded = load_task(task, verifier=verifier, seed=0)
-    policy, tokenizer = _load(model, loaded.train + loaded.test)
-    engine = GroupModel(policy, padded=bool(supports_groups(policy)))
+    policy = Policy.load(model, texts=texts(loaded.train + loaded.test))
+    tokenizer = policy.tokenizer
     return collect(
         loaded,
-        make_sampler(sampler, engine, tokenizer, stop_ids(tokenizer, policy)),
+        make_sampler(sampler, policy.model, tokenizer, stop_ids(tokenizer, policy.model.model)),
         tokenizer,
         n=n,
         prompts=prompts,
         sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p),
         seed=seed,
         out=out,
-        policy=fingerprint(policy),
+        policy=fingerprint(policy.model.model),
         progress=progress,
     )
 
@@ -207,27 +207,32 @@ def resume(run: str | Path, *, progress: Progress | None = None) -> RunDir:
     return resume(run, progress)
 
 
-def evaluate(
-    policy: str | Path,
-    *,
-    samples: int = 4,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    max_length: int = 2048,
-    **training: Any,
-) -> Evaluation:
-    """Measure a policy on held-out items and write `evaluation.json` into its directory.
+def evaluate(policy: str | Path, *, max_length: int = 2048, **training: Any) -> Evaluation:
+    """Judge a policy on held-out items, and write `evaluation.json` into its run directory, or into `out`.
 
     Args:
         policy: a run directory, or any model that `Training.model` takes.
-        samples: with a task: completions per prompt, for pass@k up to this k.
-        temperature: with a task: of sampling; 0 takes the likeliest token.
-        max_new_tokens: with a task: tokens a completion may have.
         max_length: with feedback: tokens of a prompt with one completion; longer ones are cut.
-        **training: fields of `Training` (data, task, seed, ...); a run's own where they are not given. `out` is the
-            directory of a model's evaluation.
+        **training: fields of `Training`: `data` or `task`, the `eval_` options, `seed`, ...; a run's own ones where they
+            are not given.
     """
-    raise NotImplementedError
+    from guerdon.runs import evaluate
+    from guerdon.training.rundir import RunDir
+
+    if (Path(policy) / "config.json").is_file() and (Path(policy) / "policy").is_dir():
+        own = RunDir.open(policy).config["training"]
+        if {"data", "task"} & set(training):
+            own |= {"data": None, "eval_data": None, "task": None, "verifier": None}
+        config = build(Training, {**own, "out": str(policy), **training}, "evaluate")
+        out: Path | None = Path(config.out)
+    else:
+        config = build(Training, {"model": str(policy), **training}, "evaluate")
+        out = Path(config.out) if "out" in training else None
+    found = evaluate(policy, config, max_length)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        found.save(out / "evaluation.json")
+    return found
 
 
 def compare(
@@ -261,18 +266,23 @@ def compare(
 
 def write_report(directory: str | Path, out: str | Path | None = None) -> Path:
     """Write a comparison or a run as one self-contained HTML page; `report.html` in its directory without `out`."""
-    raise NotImplementedError
+    from guerdon.report.html import write_report
+
+    return write_report(directory, out)
 
 
-def load_policy(path: str | Path) -> Any:
-    """The policy of a run directory, or of any model that `Training.model` takes."""
-    raise NotImplementedError
+def load_policy(path: str | Path, *, precision: str = "auto") -> Policy:
+    """The policy of a run directory, or of any model that `Training.model` takes; it answers, and rates with its head.
+
+    Args:
+        precision: auto, fp32 or bf16, of matmuls.
+    """
+    from guerdon.language.policy import Policy
+
+    return Policy.load(path, precision)
 
 
-def _load(model: str, records: Sequence[Record]) -> tuple[Any, Any]:
-    """Model and tokenizer; the records are what a tiny model's tokenizer is built from."""
-    from guerdon.feedback.schema import plain
+def _tokenizer(model: str, records: Sequence[Record]) -> Any:
     from guerdon.language.models import load_model
 
-    texts = (plain(text) for r in records for text in (r.prompt, *r.completions, r.columns.get("answer")) if text)
-    return load_model(model, texts=texts)
+    return load_model(model, texts=texts(records))[1]

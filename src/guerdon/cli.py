@@ -11,9 +11,10 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import tyro
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from guerdon.fields import Option
     from guerdon.methods.base import Method
     from guerdon.recipes import Recipe
-    from guerdon.training.config import Training
 
 
 @dataclass
@@ -149,12 +149,9 @@ class Resume:
 
 @dataclass
 class Judged:
-    """The policy, and how it is judged."""
+    """What is judged."""
 
     policy: Positional[str]  # run directory, or any model that `train --model` takes
-    samples: int = 4  # with a task: completions per prompt, for pass@k up to this k
-    temperature: float = 1.0  # with a task: sampling temperature; 0 takes the likeliest token
-    max_new_tokens: int = 256  # with a task: tokens a completion may have
     max_length: int = 2048  # with feedback: tokens of a prompt with one completion; longer ones are cut
     json: bool = False  # print JSON
 
@@ -215,8 +212,6 @@ class Trials:
 
 def _train(argv: list[str]) -> None:
     """Improve a policy with one method."""
-    from guerdon.training.config import Training
-
     argv, paths = _take(argv, "--recipe")
     recipe = _read(paths[-1]) if paths else None
     name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
@@ -227,41 +222,42 @@ def _train(argv: list[str]) -> None:
         if not {"-h", "--help"} & set(argv):
             raise ConfigError("train needs a method: `guerdon train NAME ...`. `guerdon methods` lists them.")
         about = "Improve a policy with one method. `guerdon train METHOD --help` shows its options, too."
-        _parse(make_dataclass("Train", [("training", Training), ("files", Files)]), argv, "train METHOD", about)
+        sections = [("training", _training_section()), ("files", Files)]
+        _parse(make_dataclass("Train", sections), argv, "train METHOD", about)
     from guerdon.methods.base import get_method
 
     method, training = _flags(get_method(str(name)), recipe, argv)
     from guerdon.api import train
     from guerdon.training.progress import Terminal
 
-    with _resumable(training.out):
-        train(method, progress=Terminal(), **vars(training))
-    print(training.out)
+    with _resumable(training["out"]):
+        train(method, progress=Terminal(), **training)
+    print(training["out"])
 
 
-def _flags(cls: type[Method], recipe: Recipe | None, argv: list[str]) -> tuple[Method, Training]:
+def _flags(cls: type[Method], recipe: Recipe | None, argv: list[str]) -> tuple[Method, dict[str, Any]]:
     """Method and runner options from a recipe, with the flags over it."""
     from guerdon.fields import options
     from guerdon.training.config import Training
 
-    said = recipe.options if recipe else {}
     names = {f.name for f in dataclasses.fields(Training)}
     if clash := [o.name for o in options(cls) if o.name in names]:
         raise ConfigError(
             f"{cls.name}: its option '{clash[0]}' is also one of the runner's; call the method's otherwise."
         )
+    said = recipe.options if recipe else {}
     own = _section(cls, [o for o in options(cls) if not o.owner.__module__.endswith(".base")], said)
     loop = _section(cls, [o for o in options(cls) if o.owner.__module__.endswith(".base")], said)
-    command = make_dataclass("Train", [("method", own), ("loop", loop), ("training", Training), ("files", Files)])
-    training = Training(**{"model": tyro.MISSING, **(recipe.training if recipe else {})})
-    parsed = _parse(command, argv, f"train {cls.name}", _gist(cls), command(own(), loop(), training, Files()))
-    return cls(**vars(parsed.method), **vars(parsed.loop)), parsed.training
+    training = _training_section(said=recipe.training if recipe else {})
+    command = make_dataclass("Train", [("method", own), ("loop", loop), ("training", training), ("files", Files)])
+    parsed = _parse(command, argv, f"train {cls.name}", _gist(cls), command(own(), loop(), training(), Files()))
+    return cls(**vars(parsed.method), **vars(parsed.loop)), vars(parsed.training)
 
 
-def _section(cls: type, chosen: list[Option], said: dict[str, Any]) -> type:
+def _section(cls: type, chosen: list[Option], said: Mapping[str, Any]) -> type:
     """A dataclass of some fields of another one, with their comments as help and `said` as defaults."""
     kinds = get_type_hints(cls)
-    values = {o.name: tyro.MISSING if o.default is dataclasses.MISSING else o.default for o in chosen} | said
+    values = {o.name: tyro.MISSING if o.default is dataclasses.MISSING else o.default for o in chosen} | dict(said)
     fields = [
         (o.name, Annotated[kinds[o.name], tyro.conf.arg(help=o.help)], dataclasses.field(default=values[o.name]))
         for o in chosen
@@ -269,11 +265,11 @@ def _section(cls: type, chosen: list[Option], said: dict[str, Any]) -> type:
     return make_dataclass(cls.__name__, fields, kw_only=True, namespace={"__doc__": ""})
 
 
-def _training_section(*without: str) -> type:
+def _training_section(*without: str, said: Mapping[str, Any] = MappingProxyType({})) -> type:
     from guerdon.fields import options
     from guerdon.training.config import Training
 
-    return _section(Training, [o for o in options(Training) if o.name not in without], {})
+    return _section(Training, [o for o in options(Training) if o.name not in without], said)
 
 
 def _evaluate(argv: list[str]) -> None:

@@ -58,10 +58,14 @@ def _declared(cls: type) -> dict[str, tuple[str, str]]:
     }
     body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)).body
     return {
-        node.target.id: (ast.unparse(node.annotation), comments.get(node.end_lineno or node.lineno, ""))
+        node.target.id: (ast.unparse(node.annotation), " ".join(filter(None, map(comments.get, _lines(node)))))
         for node in body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
+
+
+def _lines(node: ast.stmt) -> range:
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:

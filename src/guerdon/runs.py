@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from guerdon.feedback.records import texts
 from guerdon.fields import build
 from guerdon.lazy import torch
 from guerdon.methods.base import LanguageMethod, get_method
@@ -12,6 +13,7 @@ from guerdon.training.config import Training
 from guerdon.training.rundir import RunDir
 
 if TYPE_CHECKING:
+    from guerdon.evaluation.metrics import Evaluation
     from guerdon.training.progress import Progress
 
 
@@ -38,6 +40,24 @@ def resume(path: str | Path, progress: Progress | None = None) -> RunDir:
     method = build(get_method(saved["method"]), saved["options"], f"{path}/config.json")
     config = build(Training, {**saved["training"], "out": str(path)}, f"{path}/config.json")
     return _go(rundir, method, config, Distribution.start(), progress)
+
+
+def evaluate(policy: str | Path, config: Training, max_length: int = 2048) -> Evaluation:
+    """Judge a policy on the held-out items of `config`'s task or data, against the start `config.model`.
+
+    Args:
+        policy: a run directory, or any model that `Training.model` takes.
+    """
+    from guerdon.evaluation.evaluate import evaluate_policy
+    from guerdon.language.policy import Policy
+    from guerdon.training.language import material
+
+    task, records, held_out = material(config)
+    how = {"seed": config.seed, "texts": list(texts(records + held_out))}
+    judged = Policy.load(policy, config.precision, **how)
+    is_start = str(policy) == config.model
+    start = judged if is_start else Policy.load(config.model, config.precision, **how)
+    return evaluate_policy(judged, start.annotate, held_out, task, config, max_length)
 
 
 def _go(rundir, method, config, distribution, progress):  # type: ignore[no-untyped-def]

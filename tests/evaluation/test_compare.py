@@ -236,10 +236,10 @@ def test_commands():
         "seed": 1,
         "out": "o/1",
     }
-    trial = Trial("dpo", "dpo", {"beta": 0.1}, training, {"samples": 4})
+    trial = Trial("dpo", "dpo", {"beta": 0.1}, training)
     flags = ["--task", "t", "--skip-bad", "--log-to", "wandb", "--seed", "1", "--out", "o/1"]
     assert guerdon_command(trial, "train")[3:] == ["train", "dpo", "--model", "m", *flags, "--beta", "0.1"]
     assert guerdon_command(trial, "resume")[3:] == ["resume", "o/1"]
-    assert guerdon_command(trial, "evaluate")[3:] == ["evaluate", "o/1", "--samples", "4"]
-    start = Trial("base", None, {}, training, {"samples": 4})
-    assert guerdon_command(start, "evaluate")[3:] == ["evaluate", "m", *flags, "--samples", "4"]
+    assert guerdon_command(trial, "evaluate")[3:] == ["evaluate", "o/1"]
+    start = Trial("base", None, {}, training)
+    assert guerdon_command(start, "evaluate")[3:] == ["evaluate", "m", *flags]

@@ -95,7 +95,6 @@ def comparison(tmp_path):
         "training": {"model": EVIL, "data": EVIL},
         "seeds": 2,
         "budget": {"updates": 20},
-        "judging": {},
     }
     content = {"settings": settings, "command": f"guerdon compare '{EVIL}'", "looks": []}
     (tmp_path / "comparison.json").write_text(json.dumps(content))

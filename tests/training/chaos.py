@@ -26,7 +26,7 @@ def main(path: Path) -> None:
     torch.set_num_threads(1)
     train(path.with_name("warm"), Fit(rounds=1), {})
     moments = random.Random(7)
-    kills, span = 0, 0.2
+    kills, span = 0, 0.06
     while True:
         child = os.fork()
         if child == 0:

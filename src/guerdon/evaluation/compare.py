@@ -37,7 +37,6 @@ def compare(
     seeds: int,
     budget: Mapping[str, int],
     out: str | Path,
-    judging: Mapping[str, Any] | None = None,
     jobs: int = 1,
     launch: Launch = guerdon_command,
     command: str = "",
@@ -54,7 +53,6 @@ def compare(
         seeds: how many; they are 0, 1, ...
         budget: what each trial may spend: `updates`, `samples`, or both. Empty lets each method run to its own end.
         out: directory of the comparison.
-        judging: options of `guerdon evaluate` (completions per item, temperature, ...), the same for every row.
         jobs: trials at once; each gets its share of cores and GPUs.
         launch: the command of a trial's stage.
         command: how to make this comparison again, as typed, for the report.
@@ -64,7 +62,7 @@ def compare(
         ConfigError: unknown or contradictory names and options, other settings than the directory's, a busy directory.
         KeyboardInterrupt: after the trials at work were stopped; its message says how to go on.
     """
-    settings = _settings(methods, training, seeds, budget) | {"judging": dict(judging or {})}
+    settings = _settings(methods, training, seeds, budget)
     if jobs < 1:
         raise ConfigError(f"compare: jobs has to be at least 1, not {jobs}.")
     out = Path(out)
@@ -214,7 +212,7 @@ def _trials(settings: dict[str, Any], out: Path) -> list[Trial]:
     def trial(label: str, method: str | None, options: dict[str, Any], seed: int, budget: dict[str, int]) -> Trial:
         directory = out / "trials" / _folder(label) / f"seed-{seed}"
         training = {**settings["training"], **budget, "seed": seed, "out": str(directory)}
-        return Trial(label, method, options, training, settings["judging"])
+        return Trial(label, method, options, training)
 
     budget = {BUDGETS[unit]: amount for unit, amount in settings["budget"].items()}
     return [trial(BASE, None, {}, 0, {})] + [

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from guerdon.errors import DataError
-from guerdon.evaluation.metrics import Evaluation, completion_metrics, kl_to_start, nll, preference_metrics
+from guerdon.evaluation.metrics import EVALUATION, Evaluation, completion_metrics, kl_to_start, nll, preference_metrics
 from guerdon.feedback.records import Record
 from guerdon.language.groups import Group
 from guerdon.language.policy import Policy
@@ -19,6 +18,7 @@ from guerdon.language.sampling.base import Sampling
 from guerdon.language.templates import prompt_ids, render_all
 from guerdon.methods.base import pairs_from_scores
 from guerdon.tasks import Task
+from guerdon.training.config import Training
 
 if TYPE_CHECKING:
     from guerdon.training.language import LanguageRun
@@ -26,29 +26,13 @@ if TYPE_CHECKING:
 Annotate = Callable[[Sequence[Group], str], None]  # sets per-token log-probs in groups under a name
 
 
-@dataclass(frozen=True, kw_only=True)
-class Judging:
-    """How held-out items are judged.
-
-    Attributes:
-        samples: with a task: completions per prompt, for pass@k up to this k.
-        temperature: with a task: of sampling; 0 takes the likeliest token.
-        max_new_tokens: with a task: tokens a completion may have.
-        max_length: with feedback: tokens of a prompt with one completion; longer ones are cut.
-        items: at most so many, the first ones; 0 takes all.
-        seed: of sampling.
-    """
-
-    samples: int = 4
-    temperature: float = 1.0
-    max_new_tokens: int = 256
-    max_length: int = 2048
-    items: int = 0
-    seed: int = 0
-
-
 def evaluate_policy(
-    policy: Policy, start: Annotate, held_out: Sequence[Record], task: Task | None, how: Judging
+    policy: Policy,
+    start: Annotate,
+    held_out: Sequence[Record],
+    task: Task | None,
+    how: Training,
+    max_length: int = 2048,
 ) -> Evaluation:
     """Judge a policy on held-out records.
 
@@ -59,46 +43,49 @@ def evaluate_policy(
 
     Args:
         start: sets the log-probs of the policy that training started from.
+        how: its `eval_` options; samples are drawn with the same seeds for every policy.
+        max_length: with feedback: tokens of a prompt with one completion; longer ones are cut.
 
     Raises:
         DataError: there is nothing to judge by.
     """
-    records = list(held_out[: how.items] if how.items else held_out)
+    records = list(held_out[: how.eval_items])
     if not records:
         raise DataError("there are no held-out items to evaluate on: raise the held-out share or give --eval-data.")
     keys = _keys(records)
-    judged = _by_task(policy, start, records, task, how) if task else _by_feedback(policy, start, records, how)
-    metrics, primary = judged
-    return Evaluation(keys, metrics, primary, asdict(how) | {"precision": str(policy.model.dtype)})
+    if task is not None:
+        metrics, primary = _by_task(policy, start, records, task, how)
+    else:
+        metrics, primary = _by_feedback(policy, start, records, max_length)
+    settings = {name: value for name, value in vars(how).items() if name.startswith("eval_")}
+    return Evaluation(keys, metrics, primary, settings | {"dtype": str(policy.model.dtype)})
 
 
 def evaluate_run(run: LanguageRun) -> dict[str, float]:
-    """Held-out metrics of a run under way, `eval/...`, with the primary one as `eval/score` (higher is better)."""
-    m = run.method
-    how = Judging(
-        samples=1,
-        temperature=m.temperature,
-        max_new_tokens=m.max_new_tokens,
-        max_length=m.max_length,
-        items=run.config.eval_items,
-    )
-    found = evaluate_policy(run.policy, run.start_logps, run.held_out, run.task, how)
+    """Judge a run's policy on its held-out items and write `evaluation.json` into its directory.
+
+    Returns:
+        The means, `eval/...`, and under `eval/score` the primary one (higher is better).
+    """
+    found = evaluate_policy(run.policy, run.start_logps, run.held_out, run.task, run.config, run.method.max_length)
+    if run.distribution.is_main:
+        found.save(run.directory / EVALUATION)
     means = found.means()
     score = -means["nll"] if found.primary == "nll" else means[found.primary]
     return {f"eval/{name}": value for name, value in means.items()} | {"eval/score": score}
 
 
 def _by_task(
-    policy: Policy, start: Annotate, records: list[Record], task: Task, how: Judging
+    policy: Policy, start: Annotate, records: list[Record], task: Task, how: Training
 ) -> tuple[dict[str, np.ndarray], str]:
-    sampling = Sampling(max_new_tokens=how.max_new_tokens, temperature=how.temperature)
+    sampling = Sampling(max_new_tokens=how.eval_max_new_tokens, temperature=how.eval_temperature)
     prompts = [r.prompt or "" for r in records]
-    answers = policy.answer(prompts, how.samples, sampling, how.seed)
+    answers = policy.answer(prompts, how.eval_samples, sampling)
     scored = [task.score(r, [c.text for c in cs]) for r, cs in zip(records, answers, strict=True)]
     rewards = {name: np.stack([s[name] for s in scored]) for name in scored[0]}
     lengths = np.array([[len(c.tokens) for c in cs] for cs in answers])
     finished = np.array([[c.finished for c in cs] for cs in answers])
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= how.samples]
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= how.eval_samples]
     metrics = completion_metrics(rewards, lengths, finished, ks=ks, binary=task.binary)
     groups = [
         Group.of(prompt_ids(p, policy.tokenizer), [c.tokens for c in cs])
@@ -111,9 +98,9 @@ def _by_task(
 
 
 def _by_feedback(
-    policy: Policy, start: Annotate, records: list[Record], how: Judging
+    policy: Policy, start: Annotate, records: list[Record], max_length: int
 ) -> tuple[dict[str, np.ndarray], str]:
-    groups, _ = render_all(records, policy.tokenizer, max_length=how.max_length)
+    groups, _ = render_all(records, policy.tokenizer, max_length=max_length)
     pairs = [_best_and_worst(g) for g in groups]
     compared = [g.subset(list(p)) if p else g.subset([0]) for g, p in zip(groups, pairs, strict=True)]
     policy.annotate(compared, "logps")

@@ -18,6 +18,8 @@ import numpy as np
 from guerdon.errors import DataError
 from guerdon.evaluation.statistics import pass_at_k
 
+EVALUATION = "evaluation.json"
+
 
 @dataclass(frozen=True)
 class MetricKind:

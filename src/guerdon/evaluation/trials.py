@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from guerdon.errors import ConfigError
+from guerdon.evaluation.metrics import EVALUATION
 from guerdon.training.rundir import RunDir
 
 Stage = Literal["train", "resume", "evaluate"]
-EVALUATION = "evaluation.json"
 GRACE = 20.0  # seconds that an interrupted process has to save itself
 
 
@@ -37,14 +37,12 @@ class Trial:
         method: name, or None for the untrained start, which is only evaluated.
         options: fields of the method.
         training: fields of `guerdon.training.config.Training`, with this trial's seed, directory and budget.
-        judging: options of `guerdon evaluate`.
     """
 
     label: str
     method: str | None
     options: dict[str, Any]
     training: dict[str, Any]
-    judging: dict[str, Any]
 
     @property
     def seed(self) -> int:
@@ -106,9 +104,9 @@ def guerdon_command(trial: Trial, stage: Stage) -> list[str]:
     if stage == "resume":
         return [*guerdon, "resume", str(trial.directory)]
     if trial.method is not None:
-        return [*guerdon, "evaluate", str(trial.directory), *_flags(trial.judging)]
+        return [*guerdon, "evaluate", str(trial.directory)]
     start = {k: v for k, v in trial.training.items() if k != "model"}
-    return [*guerdon, "evaluate", trial.training["model"], *_flags(start | trial.judging)]
+    return [*guerdon, "evaluate", trial.training["model"], *_flags(start)]
 
 
 def run_trials(trials: Sequence[Trial], *, launch: Launch, jobs: int, lock: int, say: Callable[[str], None]) -> None:
@@ -189,12 +187,13 @@ class _Process:
         if code is None:
             return False
         progress = self.progress
-        if code == 0 and self.stage != "evaluate" and self._next_stage() == "evaluate":
+        trained = code == 0 and self._next_stage() == "evaluate"
+        if trained and (self.trial.directory / EVALUATION).exists():
+            progress.state, progress.error = "done", ""
+        elif trained and self.stage != "evaluate":
             progress.save(self.trial.directory)
             self._start("evaluate")
             return False
-        if code == 0 and self.stage == "evaluate" and (self.trial.directory / EVALUATION).exists():
-            progress.state, progress.error = "done", ""
         else:
             progress.state = "failed"
             progress.error = f"{self.stage}: {_ending(code)}\n{self._last_lines()}".strip()

@@ -32,6 +32,9 @@ class Training:
     max_samples: int = 0  # with a task: stop after this many sampled completions; 0 goes on to the end
     eval_every: int = 0  # updates between evaluations on held-out items; 0 only at the end
     eval_items: int = 200  # held-out items in each evaluation
+    eval_samples: int = 4  # with a task: completions per held-out prompt, for pass@k up to this k
+    eval_temperature: float = 1.0  # with a task: sampling temperature of evaluations; 0 takes the likeliest token
+    eval_max_new_tokens: int = 256  # with a task: tokens a completion may have in evaluations
     checkpoint_every: int = 50  # updates between checkpoints
     keep_checkpoints: int = 2  # the latest ones that are kept
     patience: int = 0  # stop after this many evaluations without a better one; 0 never

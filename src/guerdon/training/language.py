@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from guerdon.errors import DataError, InvariantError
-from guerdon.feedback.readers import read_feedback
+from guerdon.feedback.readers import Feedback, read_feedback
 from guerdon.feedback.records import Record, texts
 from guerdon.language.groups import Group, micro_batches
 from guerdon.language.packing import Batch, pack
@@ -75,17 +75,11 @@ class LanguageRun:
         self.method, self.config, self.distribution, self.directory = method, config, distribution, directory
         self.seed = config.seed
         self.cursor = Cursor()
-        self.task: Task | None = None
         self.rendering: RenderStats | None = None
-        if config.task is not None:
-            self.task = load_task(config.task, verifier=config.verifier)
-            records, self.held_out = self.task.train, self.task.test
-        else:
-            records, self.held_out = self._read(method, config)
+        self.task, self.records, self.held_out = material(config, method.check_feedback)
         torch.manual_seed(config.seed)
-        self.load_start = lambda: load_model(config.model, seed=config.seed, texts=texts(records + self.held_out))
+        self.load_start = lambda: load_model(config.model, seed=config.seed, texts=texts(self.records + self.held_out))
         model, self.tokenizer = self.load_start()
-        self.records = records
         self.precision = resolve_precision(config.precision, model)
         if config.lora_rank:
             model = add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
@@ -100,14 +94,6 @@ class LanguageRun:
         self._round: tuple[list[Group], Metrics] | None = None
         self._feedback: list[Group] | None = None
         self._last_batch: list[Group] = []
-
-    def _read(self, method: LanguageMethod, config: Training) -> tuple[list[Record], list[Record]]:
-        feedback = read_feedback(str(config.data), skip_bad=config.skip_bad)
-        method.check_feedback(feedback)
-        if config.eval_data:
-            return feedback.records, read_feedback(config.eval_data, skip_bad=config.skip_bad).records
-        train, held_out = feedback.split(config.holdout)
-        return train.records, held_out.records
 
     def _optimizer(self, model: GroupModel, lr: float) -> MasterAdamW:
         """Cast a model's parameters to the precision of the run and optimise fp32 masters of what they were."""
@@ -446,6 +432,27 @@ class LanguageRun:
             rows = [line for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
             kept = [line for line in rows if json.loads(line)["round"] < from_round]
             path.write_text("".join(line + "\n" for line in kept), "utf-8")
+
+
+def material(
+    config: Training, check: Callable[[Feedback], None] = lambda feedback: None
+) -> tuple[Task | None, list[Record], list[Record]]:
+    """The task (or None), the records to learn from, and the held-out ones that no run ever trains on.
+
+    What is held out depends on the task or data alone, not on the seed: runs are judged on the same items.
+
+    Args:
+        check: raises where a method cannot learn from the feedback.
+    """
+    if config.task is not None:
+        task = load_task(config.task, verifier=config.verifier)
+        return task, task.train, task.test
+    feedback = read_feedback(str(config.data), skip_bad=config.skip_bad)
+    check(feedback)
+    if config.eval_data:
+        return None, feedback.records, read_feedback(config.eval_data, skip_bad=config.skip_bad).records
+    train, held_out = feedback.split(config.holdout)
+    return None, train.records, held_out.records
 
 
 class Critic:

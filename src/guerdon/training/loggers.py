@@ -102,17 +102,18 @@ class Trackio:
 _BY_REQUEST: dict[str, Any] = {"wandb": Wandb, "mlflow": MLflow, "trackio": Trackio}
 
 
-def open_sinks(rundir: RunDir, log_to: Iterable[str]) -> list[Sink]:
-    """The sinks of a run: TensorBoard where it is installed, and those that `log_to` names.
-
-    Raises:
-        ConfigError: an unknown name, or a package that is not installed.
-    """
-    names = list(log_to)
-    for name in names:
+def check_sinks(log_to: Iterable[str]) -> None:
+    """Raise `ConfigError` for an unknown name or a package that is not installed; cheap, for use before a run starts."""
+    for name in log_to:
         if name not in _BY_REQUEST:
             raise ConfigError(f"--log-to {name}: known are {', '.join(_BY_REQUEST)}.{near(name, _BY_REQUEST)}")
         if find_spec(name) is None:
             raise ConfigError(f"--log-to {name}: {name} is not installed. `pip install 'guerdon[{name}]'` installs it.")
+
+
+def open_sinks(rundir: RunDir, log_to: Iterable[str]) -> list[Sink]:
+    """The sinks of a run: TensorBoard where it is installed, and those that `log_to` names; checks them first."""
+    names = list(log_to)
+    check_sinks(names)
     kinds = [*([TensorBoard] if find_spec("tensorboard") else []), *(_BY_REQUEST[name] for name in names)]
     return [kind(rundir) for kind in kinds]

@@ -400,6 +400,10 @@ def test_train_writes_a_run_and_does_not_write_over_it(pairs, tmp_path):
     assert (config["method"], config["options"]["beta"], config["training"]["max_updates"]) == ("dpo", 0.2, 2)
     metrics = [json.loads(line) for line in (tmp_path / "mine" / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["step"] == 2
+    judged = run("evaluate", "mine", "--json", "--eval-items", "3", cwd=tmp_path)
+    evaluation = json.loads((tmp_path / "mine" / "evaluation.json").read_text())
+    assert len(evaluation["items"]) == 3
+    assert json.loads(judged.stdout)["nll"] == pytest.approx(sum(evaluation["metrics"]["nll"]) / 3)
     again = run(*argv, "--out", "mine", cwd=tmp_path)
     assert again.returncode == 2
     assert "guerdon resume mine" in again.stderr

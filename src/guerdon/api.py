@@ -15,6 +15,7 @@ from guerdon.feedback.writers import write_feedback
 from guerdon.fields import build
 from guerdon.methods.base import LanguageMethod, Method, all_methods, can_learn, get_method
 from guerdon.training.config import Training
+from guerdon.training.loggers import check_sinks
 
 if TYPE_CHECKING:
     from guerdon.evaluation.comparison import Comparison
@@ -65,6 +66,7 @@ def configure(method: str | Method, options: dict[str, Any], where: str) -> tupl
         method = build(cls, {k: v for k, v in options.items() if k in own}, where)
     if (training.data is None) == (training.task is None):
         raise ConfigError(f"{where}: {cls.name} learns from feedback or from a task: give either data or task.")
+    check_sinks(training.log_to)
     method.check()
     return method, training
 
@@ -213,7 +215,7 @@ def evaluate(policy: str | Path, *, max_length: int = 2048, **training: Any) -> 
     Args:
         policy: a run directory, or any model that `Training.model` takes.
         max_length: with feedback: tokens of a prompt with one completion; longer ones are cut.
-        **training: fields of `Training`: `data` or `task`, the `eval_` options, `seed`, ...; a run's own ones where they
+        **training: fields of `Training` (`data`, `task`, `eval_samples`, `seed`, ...); a run's own where they
             are not given.
     """
     from guerdon.runs import evaluate

@@ -287,7 +287,7 @@ def _evaluate(argv: list[str]) -> None:
     _print_json(found.means()) if parsed.judged.json else _show_metrics(found.means())
 
 
-def _compare(argv: list[str]) -> None:
+def _compare(argv: list[str]) -> int:
     """Train several methods on the same data with the same budget and seeds, and say what can be told apart."""
     training = _training_section("out", "seed", "max_updates", "max_samples")
     command = make_dataclass("Compare", [("trials", Trials), ("training", training), ("plugins", Plugins)])
@@ -296,7 +296,7 @@ def _compare(argv: list[str]) -> None:
     methods = [_recipe_method(m) if m.endswith((".yaml", ".yml")) else m for m in trials.methods]
     from guerdon.api import compare
     from guerdon.evaluation.comparison import as_dict
-    from guerdon.evaluation.wording import table
+    from guerdon.evaluation.wording import tables
 
     found = compare(
         methods,
@@ -309,11 +309,13 @@ def _compare(argv: list[str]) -> None:
         **vars(parsed.training),
     )
     if trials.json:
-        return _print_json(as_dict(found))
-    console = _console()
-    console.print(table(found))
-    for sentence in found.verdict:
-        console.print(sentence, markup=False, highlight=False)
+        _print_json(as_dict(found))
+    else:
+        console = _console()
+        console.print(*tables(found), sep="\n")
+        for sentence in found.verdict:
+            console.print(sentence, markup=False, highlight=False)
+    return int(any(row.failed for row in found.rows))
 
 
 def _recipe_method(path: str) -> dict[str, Any]:
@@ -330,7 +332,7 @@ def _read(path: str) -> Recipe:
     return read_recipe(path)
 
 
-COMMANDS: dict[str, type | Callable[[list[str]], None]] = {
+COMMANDS: dict[str, type | Callable[[list[str]], int | None]] = {
     "methods": Methods,
     "inspect": Inspect,
     "look": Look,
@@ -345,7 +347,7 @@ COMMANDS: dict[str, type | Callable[[list[str]], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 2 for a mistake that the user can mend, 130 after Ctrl-C."""
+    """Run one command; the exit code is 0, 1 where a trial failed, 2 for what the user can mend, 130 after Ctrl-C."""
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except GuerdonError as error:
@@ -379,9 +381,8 @@ def _dispatch(argv: list[str]) -> int:
     command = COMMANDS[name]
     if isinstance(command, type):
         _parse(command, rest, name, command.__doc__).run()
-    else:
-        command(rest)
-    return 0
+        return 0
+    return command(rest) or 0
 
 
 def _usage() -> str:

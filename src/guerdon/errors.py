@@ -1,7 +1,8 @@
 """What a user may have got wrong, said once and clearly.
 
 Every mistake that a user can mend is a `GuerdonError`: its message says where, what, and what to do. The command line
-prints the message alone and exits with code 2; anything else that is raised is a defect of guerdon and keeps its traceback.
+prints the message alone and exits with code 2; anything else that is raised is a defect of guerdon and keeps its
+traceback.
 """
 
 from __future__ import annotations

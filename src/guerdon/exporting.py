@@ -163,7 +163,7 @@ _ONLINE = {"max_draws": (1,)}
 _GRPO = Target(
     "grpo",
     _grpo,
-    _ONLINE | {"scale": ("std", "none"), "advantage_eps": (1e-4,), "overlong": ("keep",)},
+    _ONLINE | {"scale": ("std", "none"), "advantage_eps": (1e-4,), "truncated": ("keep",)},
     online=True,
 )
 _DPO = Target("dpo", _dpo, {"reference_free": (False,)})

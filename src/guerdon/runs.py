@@ -70,6 +70,8 @@ def _go(rundir, method, config, distribution, progress):  # type: ignore[no-unty
         torch.set_num_threads(config.threads)
     run = LanguageRun(method, config, distribution, rundir.path)
     method.setup(run)
+    if rundir.latest_checkpoint() is None:
+        run.forget_samples(0)  # of a run that was killed before its first checkpoint
     sinks = open_sinks(rundir, config.log_to) if distribution.is_main else []
     run_loop(run, method, rundir, config, evaluate=evaluate_run, sinks=sinks, progress=progress)
     return rundir

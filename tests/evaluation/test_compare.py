@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from guerdon.errors import ConfigError
-from guerdon.evaluation.compare import as_dict, compare, load_comparison, table
+from guerdon.evaluation.compare import as_dict, compare, load_comparison, tables
 from guerdon.evaluation.trials import Progress, Trial, guerdon_command, locked
 
 TRAINING = {"model": "tiny:", "task": "sums"}
@@ -56,7 +56,7 @@ def test_the_better_method_is_named_and_the_numbers_are_kept(tmp_path, launch):
 
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(table(found))
+        console.print(*tables(found), sep="\n")
     text = capture.get()
     assert "untrained start" in text and "30,000" in text and "behind the best" in text
 
@@ -115,7 +115,7 @@ def test_everything_failed(tmp_path):
     found = compare([STRONG], training=TRAINING, seeds=1, budget={}, out=tmp_path, launch=launch)
     assert found.verdict[0] == "No method has a finished trial: nothing can be said yet."
     assert found.rows[1].failed[0] == "train: exit status 1\nnothing works"
-    table(found)
+    tables(found)
     as_dict(found)
 
 

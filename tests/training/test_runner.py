@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -63,13 +65,12 @@ def test_it_learns_and_leaves_one_row_per_step(tmp_path):
     assert all(torch.equal(v, run.model.state_dict()[k]) for k, v in policy(tmp_path / "run").items())
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_in_the_same_bits(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(chaos.__file__)), str(tmp_path / "killed")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 3
+    assert int(done.stdout) >= 5
     train(tmp_path / "whole", chaos.METHOD, chaos.OPTIONS)
     assert_same(tmp_path / "whole", tmp_path / "killed")
 
@@ -132,7 +133,7 @@ class _Interrupting(Fit):
 
 def test_an_interrupt_finishes_the_step_and_leaves_a_checkpoint(tmp_path):
     train(tmp_path / "whole", METHOD, {})
-    with pytest.raises(Stopped, match="stopped at step 7. `guerdon resume"):
+    with pytest.raises(Stopped, match=r"stopped at step 7\. `guerdon resume"):
         train(tmp_path / "run", _Interrupting(), {})
     found = RunDir.open(tmp_path / "run")
     assert found.status == {"state": "stopped"}
@@ -227,9 +228,6 @@ def test_full_disk_at_a_checkpoint_keeps_the_one_before(tmp_path, monkeypatch):
 
 def test_random_states_come_back():
     state = rng_state()
-    import json
-    import random
-
     drawn = (torch.rand(3).tolist(), np.random.randn(3).tolist(), [random.gauss(0, 1) for _ in range(3)])
     set_rng_state(json.loads(json.dumps(state)))
     assert drawn == (torch.rand(3).tolist(), np.random.randn(3).tolist(), [random.gauss(0, 1) for _ in range(3)])

@@ -18,13 +18,13 @@ from guerdon.errors import ConfigError
 from guerdon.evaluation.comparison import BASE, Comparison, Row, as_dict, judge
 from guerdon.evaluation.metrics import Evaluation
 from guerdon.evaluation.trials import EVALUATION, Launch, Progress, Trial, guerdon_command, locked, run_trials
-from guerdon.evaluation.wording import table, verdict
+from guerdon.evaluation.wording import tables, verdict
 from guerdon.fields import checked
 from guerdon.methods.base import get_method
 from guerdon.training.config import Training
 from guerdon.training.rundir import RunDir
 
-__all__ = ["Comparison", "as_dict", "compare", "load_comparison", "table"]
+__all__ = ["Comparison", "as_dict", "compare", "load_comparison", "tables"]
 
 BUDGETS = {"updates": "max_updates", "samples": "max_samples"}  # unit -> field of `Training`
 TOKENS, SAMPLES = "progress/tokens", "progress/samples"  # metrics of a run: both counted from its start

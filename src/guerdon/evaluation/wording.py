@@ -50,41 +50,41 @@ def verdict(comparison: Comparison) -> list[str]:
     return said + _against_start(comparison) + _reservations(comparison)
 
 
-def table(comparison: Comparison) -> Table:
-    """The comparison as a table for the terminal."""
+def tables(comparison: Comparison) -> list[Table]:
+    """The comparison for the terminal: the primary metric with its intervals, then everything else and the cost."""
     from rich.markup import escape
     from rich.table import Table
 
-    others = [name for name in shared_metrics(comparison) if name != comparison.primary]
     best = comparison.methods[0] if comparison.methods else None
-    shown = Table(title=f"{comparison.kind.label} on held-out items, mean with 95% interval")
-    shown.add_column("method")
-    shown.add_column("seeds", justify="right")
-    shown.add_column(comparison.kind.label, justify="right")
-    shown.add_column("IQM", justify="right")
-    shown.add_column("behind the best", justify="right")
-    for name in (*others, "tokens", "samples", "wall", "CPU", "memory"):
-        shown.add_column(kind_of(name).label, justify="right")
+    label = comparison.kind.label
+    scores = Table(title=f"{label} on held-out items, with 95% intervals")
+    for name in ("method", "seeds", label, "IQM", "behind the best", "P(best is better)"):
+        scores.add_column(name, justify="left" if name == "method" else "right")
+    rest = Table(title="means and cost of a trial")
+    others = [name for name in shared_metrics(comparison) if name != comparison.primary]
+    for name in ("method", *others, "tokens", "samples", "wall", "CPU", "memory"):
+        rest.add_column(kind_of(name).label, justify="left" if name == "method" else "right")
     for row in comparison.rows:
         total = len(row.seeds) + len(row.failed) + len(row.waiting)
         count = str(len(row.seeds)) if len(row.seeds) == total else f"{len(row.seeds)} of {total}"
-        label = "untrained start" if row.method is None else row.label
+        name = "untrained start" if row.method is None else row.label
         if not row.seeds:
-            shown.add_row(escape(label), count, "[red]failed[/]" if row.failed else "waiting")
+            scores.add_row(escape(name), count, "[red]failed[/]" if row.failed else "waiting")
             continue
-        gap = comparison.pairs.get((best.label, row.label)) if best else None
-        shown.add_row(
-            escape(label) + (" [red](failed trials)[/]" if row.failed else ""),
+        against = comparison.pairs.get((best.label, row.label)) if best else None
+        scores.add_row(
+            escape(name) + (" [red](failed trials)[/]" if row.failed else ""),
             count,
             interval_text(row.metrics[comparison.primary]),
-            number_text(row.iqm.value) if row.iqm else "",
-            "" if gap is None else interval_text(gap.difference) + ("" if gap.distinguishable else " (?)"),
-            *(number_text(row.metrics[name].value) for name in others),
-            *cost_texts(row.cost),
+            interval_text(row.iqm) if row.iqm else "",
+            "" if against is None else interval_text(against.difference) + ("" if against.distinguishable else " (?)"),
+            "" if against is None else interval_text(against.above),
         )
+        values = (number_text(row.metrics[n].value) if n in row.metrics else "" for n in others)
+        rest.add_row(escape(name), *values, *cost_texts(row.cost))
     if any(not against.distinguishable for against in comparison.pairs.values()):
-        shown.caption = "(?) cannot be told from the best at this budget"
-    return shown
+        scores.caption = "(?) cannot be told from the best at this budget"
+    return [scores, rest]
 
 
 def shared_metrics(comparison: Comparison) -> list[str]:

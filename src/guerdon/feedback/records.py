@@ -24,8 +24,9 @@ Kind = Literal[
 class Record:
     """One prompt, the completions that share it, and one score for each.
 
-    A demonstration has one completion and no scores; a preference has two with scores 1 and 0 (chosen first); an unpaired
-    preference has one with score 1 (liked) or 0; ratings have n with n scores. In language modelling `prompt` is None.
+    A demonstration has one completion and no scores; a preference has two with scores 1 and 0 (chosen first); an
+    unpaired preference has one with score 1 (liked) or 0; ratings have n with n scores. In language modelling `prompt`
+    is None.
 
     Attributes:
         prompt: a string, a list of messages, or None.

@@ -85,7 +85,9 @@ def pack(groups: Sequence[Group], device: str | torch.device = "cpu", totals: di
     lengths: list[int] = []
     ancestors: list[list[int]] = []
     tokens, positions, source, target, segment = [], [], [], [], []
-    path_completion, path_segment, last, group_of, learned, pairs = [], [], [], [], [], []
+    path_completion, path_segment, group_of, learned = [], [], [], []
+    last: list[int] = []
+    pairs: list[tuple[int, int]] = []
     token_values: dict[str, list[np.ndarray]] = {}
     names = set(groups[0].values)
     token_names = {name for s in groups[0].segments if s.learn.any() for name in s.values}
@@ -94,7 +96,8 @@ def pack(groups: Sequence[Group], device: str | torch.device = "cpu", totals: di
         if set(group.values) != names:
             raise ValueError(f"groups carry different values: {sorted(names)} and {sorted(group.values)}")
         first_segment, first_completion = len(lengths), len(last)
-        starts, depths = [], []
+        starts: list[int] = []
+        depths: list[int] = []
         for s in group.segments:
             at = first_segment + len(starts)
             is_root = s.parent == ROOT

@@ -72,7 +72,7 @@ class Policy:
         ids = [prompt_ids(prompt, self.tokenizer) for prompt in prompts]
         return self.sampler.sample(ids, [completion_seeds(n, seed, *p) for p in ids], sampling)
 
-    def rewards(self, groups: Sequence[Group], max_tokens: int = 8192) -> list[list[float]]:
+    def rewards(self, groups: Sequence[Group], max_tokens: int = 4096) -> list[list[float]]:
         """What the head of a reward model says of each completion of each group."""
         found: dict[int, list[float]] = {}
         with torch.no_grad():
@@ -89,7 +89,7 @@ class Policy:
         wants: str = "logps",
         *,
         temperature: float = 1.0,
-        max_tokens: int = 8192,
+        max_tokens: int = 4096,
     ) -> None:
         """Store `logps`, `entropy` or `values` of every learned token in the groups' segments as `name`."""
         annotate(self.model, groups, name, wants, temperature, max_tokens)

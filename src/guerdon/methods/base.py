@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from guerdon.training.language import LanguageRun
 
 LearnsFrom = Literal["demonstrations", "preferences", "verifier"]
-Metrics = dict[
-    str, Any
-]  # name -> number, or a tensor of values of which the loop reports the mean over the global batch
+Metrics = dict[str, Any]  # numbers, or tensors of values of which the mean over the global batch is reported
 
 _REGISTRY: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
@@ -181,19 +179,24 @@ class LanguageMethod(Method):
     def check_first(self, metrics: Metrics) -> None:
         """Raise `InvariantError` where the metrics of a run's first update cannot be right."""
 
+    def teaches(self, group: Group) -> bool:
+        """Whether a credited group has a gradient; where it has none its forward pass is saved, its count is kept."""
+        return True
+
     def update(self, run: LanguageRun, groups: list[Group]) -> Metrics:
         """One gradient step on a global batch of groups."""
-        return run.update(groups, self.loss, self.totals(groups), self.wants, self.per_completion)
+        teaching = [group for group in groups if self.teaches(group)]
+        return run.update(teaching, self.loss, self.totals(groups), self.wants, self.per_completion)
 
     def learn(self, run: LanguageRun) -> Iterator[Metrics]:
-        rounds = self.rounds if run.task is not None else 1
+        rounds = run.rounds(self.rounds)
         for round_ in range(run.cursor.round, rounds):
             groups, health = run.round(round_, self)
             updates = list(batches(len(groups), self.batch_size, self.epochs, seed=(run.seed, round_)))
             for index, chosen in enumerate(updates):
                 if index < run.cursor.update:
                     continue
-                run.cursor.advance(round_, index + 1, done=(round_ + (index + 0.5) / len(updates)) / rounds)
+                run.begin(round_, index + 1, done=(round_ + (index + 0.5) / len(updates)) / rounds)
                 metrics = self.update(run, [groups[i] for i in chosen])
                 yield {**(health if index == 0 else {}), **metrics}
             run.cursor.next_round()

@@ -19,14 +19,12 @@ class Training:
     seed: int = 0  # of data order, sampling and initialisation
     holdout: float = 0.1  # share of the prompts of `data` that is held out
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matmuls; master weights and log-sum-exp stay fp32
-    max_tokens: int = 8192  # unique tokens in one forward pass: bounds the memory, never changes a result
+    max_tokens: int = 4096  # unique tokens in one forward pass: bounds the memory, never changes a result
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third slower
     lora_rank: int = 0  # 0 trains all weights
     lora_alpha: float = 32.0  # LoRA scale numerator
     sampler: str = "local"  # local, vllm, or the address of an OpenAI-compatible server
-    overlong: Literal["refuse", "cut", "drop"] = (
-        "cut"  # what is done with completions beyond max_length; always counted
-    )
+    overlong: Literal["refuse", "cut", "drop"] = "cut"  # what is done with records beyond max_length; always counted
     skip_bad: bool = False  # go on past rows that cannot be read; they are counted and listed
     max_updates: int = 0  # stop after this many updates; 0 goes on to the end
     max_samples: int = 0  # with a task: stop after this many sampled completions; 0 goes on to the end

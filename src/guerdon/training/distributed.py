@@ -2,8 +2,8 @@
 
 The loss is divided by totals that are counted over the global batch, so a sum of gradients (not a mean) over processes
 is the gradient of one process. What is supported is data parallelism with replicated weights, on CPU (gloo) or GPU
-(nccl), on one machine or several, launched by `accelerate launch` or `torchrun`. Launches that ask accelerate to shard
-weights (FSDP, DeepSpeed) are refused, because these processes would replicate them.
+(nccl), on one machine or several, launched by `accelerate launch` (see recipes/accelerate) or `torchrun`. Launches that
+ask accelerate to shard weights (FSDP, DeepSpeed) are refused, because these processes would replicate them.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ from guerdon.lazy import torch
 from guerdon.tasks import Task, load_task
 from guerdon.training.config import Training
 from guerdon.training.distributed import Distribution
-from guerdon.training.optim import MasterAdamW, NonFiniteError, learning_rate
+from guerdon.training.optim import MasterAdamW, learning_rate
+from guerdon.training.runner import BudgetSpent
 
 if TYPE_CHECKING:
     from guerdon.language.forward import GroupModel, Outputs
@@ -50,9 +51,6 @@ class Cursor:
     samples: int = 0  # completions sampled
     tokens: int = 0  # unique tokens trained on
     done: float = 0.0  # share of the run, in the middle of the update under way
-
-    def advance(self, round_: int, update: int, done: float) -> None:
-        self.round, self.update, self.done = round_, update, done
 
     def next_round(self) -> None:
         self.round, self.update = self.round + 1, 0
@@ -114,12 +112,25 @@ class LanguageRun:
 
     # Groups
 
+    def rounds(self, rounds: int) -> int:
+        """How many of a method's rounds the budget of samples pays for; one where there is no task to sample from."""
+        if self.task is None:
+            return 1
+        per_round = self.method.prompts_per_round * self.method.group_size
+        return max(1, self.config.max_samples // per_round) if self.config.max_samples else rounds
+
+    def begin(self, round_: int, update: int, done: float) -> None:
+        """Note that an update is under way, as the `update`-th of its round, at the share `done` of all rounds."""
+        if self.config.max_updates:
+            done = max(done, (self.cursor.step + 0.5) / self.config.max_updates)
+        self.cursor.round, self.cursor.update, self.cursor.done = round_, update, min(done, 1.0)
+
     def round(self, index: int, method: LanguageMethod) -> tuple[list[Group], Metrics]:
         """The credited groups of a round and its health figures; the same ones when a run is resumed in its middle."""
         if self._round is None or self.cursor.update == 0:
             rng = np.random.default_rng([self.seed, index])
             if self.task is None:
-                groups, figures = self.feedback_groups(), {}
+                groups, figures = self.feedback_groups(), Metrics()
             else:
                 groups, figures = self._sample_round(index, method)
             if method.needs_reference():
@@ -149,6 +160,8 @@ class LanguageRun:
 
     def _sample_round(self, index: int, method: LanguageMethod) -> tuple[list[Group], Metrics]:
         assert self.task is not None
+        if self.config.max_samples and self.cursor.samples >= self.config.max_samples:
+            raise BudgetSpent
         kept: list[Group] = []
         drawn: list[Group] = []
         for draw in range(method.max_draws):
@@ -179,7 +192,10 @@ class LanguageRun:
         ]
         gathered = sorted(self.distribution.gather_objects(groups), key=lambda item: item[0])
         self.cursor.samples += n * len(records)
-        return [group for _, group in gathered]
+        drawn = [group for _, group in gathered]
+        if any("old_logps" not in s.values for group in drawn for s in group.segments[1:]):
+            self.logps(self.model, drawn, "old_logps")
+        return drawn
 
     def _verified(self, record: Record, prompt: list[int], completions: list[Completion]) -> Group:
         assert self.task is not None
@@ -194,7 +210,8 @@ class LanguageRun:
             key=record.where,
         )
         for segment, completion in zip(group.segments[1:], completions, strict=True):
-            segment.values["old_logps"] = completion.logps
+            if len(completion.logps) == len(completion.tokens):
+                segment.values["old_logps"] = completion.logps
         return group
 
     @property
@@ -205,6 +222,7 @@ class LanguageRun:
             self._sampler = make_sampler(
                 self.config.sampler, self.model, self.tokenizer, stop_ids(self.tokenizer, self.model.model)
             )
+            self._sampler.sync(self.model)
         return self._sampler
 
     # Log-probs
@@ -328,8 +346,6 @@ class LanguageRun:
         for part in micro_batches(mine, self.config.max_tokens, per_completion):
             batch = pack(part, self.distribution.device, totals)
             value, metrics = loss(model(batch, wants, self.method.temperature), batch)
-            if not torch.isfinite(value):
-                raise NonFiniteError(f"the loss is {float(value.detach())}.")
             value.backward()
             optimizer.accumulate()
             sums["loss/total"] += float(value.detach())
@@ -393,7 +409,7 @@ class LanguageRun:
             self._round = (load_groups(directory / "round.safetensors"), {})
         self.cursor = Cursor(**json.loads((directory / "cursor.json").read_text()))
         if self.task is not None:
-            self._forget_samples(self.cursor.round + (self.cursor.update > 0))
+            self.forget_samples(self.cursor.round + (self.cursor.update > 0))
             self.sampler.sync(self.model)
 
     def export(self, directory: Path) -> None:
@@ -426,7 +442,8 @@ class LanguageRun:
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def _forget_samples(self, from_round: int) -> None:
+    def forget_samples(self, from_round: int) -> None:
+        """Remove the logged samples of rounds that will be sampled again."""
         path = self.directory / "samples.jsonl"
         if path.exists():
             rows = [line for line in path.read_text("utf-8").splitlines() if line.endswith("}")]

@@ -103,7 +103,7 @@ _BY_REQUEST: dict[str, Any] = {"wandb": Wandb, "mlflow": MLflow, "trackio": Trac
 
 
 def check_sinks(log_to: Iterable[str]) -> None:
-    """Raise `ConfigError` for an unknown name or a package that is not installed; cheap, for use before a run starts."""
+    """`ConfigError` for an unknown name or a package that is not installed; cheap, to be asked before a run starts."""
     for name in log_to:
         if name not in _BY_REQUEST:
             raise ConfigError(f"--log-to {name}: known are {', '.join(_BY_REQUEST)}.{near(name, _BY_REQUEST)}")

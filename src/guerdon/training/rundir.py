@@ -188,7 +188,7 @@ class RunDir:
         return next(reversed(self.checkpoints()), None)
 
     def save_checkpoint(self, step: int, write: Callable[[Path], object], keep: int) -> Path:
-        """Write `checkpoints/step-{step:08d}` with `write(directory)` and keep the latest `keep` (at least 1).
+        """Write `checkpoints/step-{step:08d}` with `write(directory)` and keep the latest `keep`; 0 keeps all.
 
         Raises:
             GuerdonError: the disk is full; the checkpoints that existed are intact.
@@ -202,6 +202,10 @@ class RunDir:
         for hidden in self._file("checkpoints").glob(".step-*"):  # pruned just now, or left half by a kill
             shutil.rmtree(hidden)
         return directory
+
+    def remove_checkpoints(self) -> None:
+        """Free the disk of what only an unfinished run needs."""
+        shutil.rmtree(self._file("checkpoints"), ignore_errors=True)
 
     def write_directory(self, target: Path, write: Callable[[Path], object]) -> None:
         """Fill a directory of the run with `write(directory)` so that it appears whole or not at all.

@@ -50,8 +50,10 @@ class Run(Protocol):
     global random states of torch, numpy and random, which the loop saves beside it.
     """
 
-    cursor: Cursor
     distribution: Distribution
+
+    @property
+    def cursor(self) -> Cursor: ...
 
     def save(self, directory: Path) -> None: ...
 
@@ -161,7 +163,7 @@ class _Loop:
                 if config.eval_every and step % config.eval_every == 0:
                     self._evaluate()
                 stop = run.distribution.any(stop_asked())
-                if stop or step % config.checkpoint_every == 0:
+                if stop or (config.checkpoint_every and step % config.checkpoint_every == 0):
                     self._checkpoint()
                 if stop:
                     raise Stopped(f"stopped at step {step}. `guerdon resume {self.rundir.path}` goes on from there.")
@@ -171,6 +173,7 @@ class _Loop:
         if self.main:
             self.rundir.write_directory(self.rundir.path / "policy", run.export)
             self.rundir.set_status("done")
+            self.rundir.remove_checkpoints()
         run.distribution.barrier()
 
     def fail(self, error: BaseException) -> None:

@@ -60,8 +60,8 @@ class GRPO(LanguageMethod):
     kl_coef: float = 0.04  # weight of the KL to the starting policy; 0 needs no reference
     kl: Literal["k1", "k2", "k3", "k3-corrected"] = "k3"  # its estimator: k1 lowers the reward, others add to the loss
     entropy_coef: float = 0.0  # weight of the mean entropy per token, which is added to what is maximised
-    overlong: Literal["keep", "mask", "penalty"] = "keep"  # long answers: as verified; none cut off; penalised
-    overlong_buffer: float = 0.2  # the penalty rises to 1 over this last share of max_new_tokens
+    truncated: Literal["keep", "mask", "penalty"] = "keep"  # long answers: as verified; none cut off; penalised
+    truncated_buffer: float = 0.2  # the penalty rises to 1 over this last share of max_new_tokens
 
     per_completion: ClassVar[bool] = True
     wants = frozenset({"logps", "entropy"})
@@ -71,8 +71,8 @@ class GRPO(LanguageMethod):
         if self.group_size < 2:
             raise ConfigError(f"group_size={self.group_size}: completions are compared within a group; use at least 2")
         check_clipping(self.clip_low, self.clip_high)
-        if not 0 < self.overlong_buffer <= 1:
-            raise ConfigError(f"overlong_buffer={self.overlong_buffer} of max_new_tokens: use 0 < share <= 1")
+        if not 0 < self.truncated_buffer <= 1:
+            raise ConfigError(f"truncated_buffer={self.truncated_buffer} of max_new_tokens: use 0 < share <= 1")
 
     def needs_reference(self) -> bool:
         return self.kl_coef != 0
@@ -82,23 +82,27 @@ class GRPO(LanguageMethod):
 
         A group of equal scores has no advantages, yet stays in the averages, as in the papers of GRPO and Dr. GRPO. It
         is left out only under dynamic sampling (`max_draws` > 1), which draws another prompt in its place. Completions
-        that `overlong="mask"` leaves out still count in the advantages of the others, but in no average.
+        that `truncated="mask"` leaves out still count in the advantages of the others, but in no average.
         """
         credited = []
         for group in groups:
             if self.max_draws > 1 and not informative(group):
                 continue
             rewards = group_scores(group)
-            if self.overlong == "penalty":
-                rewards = rewards + overlong_penalty(group.lengths(), self.max_new_tokens, self.overlong_buffer)
+            if self.truncated == "penalty":
+                rewards = rewards + overlong_penalty(group.lengths(), self.max_new_tokens, self.truncated_buffer)
             if self.kl_coef and self.kl == "k1":
                 rewards = rewards - self.kl_coef * path_kl(group)
             advantage = group_advantages(rewards, self.scale, self.advantage_eps)
             group = replace(group, values={**group.values, "advantage": advantage.astype(np.float32)})
-            kept = np.flatnonzero(finished(group)) if self.overlong == "mask" else np.arange(len(group))
+            kept = np.flatnonzero(finished(group)) if self.truncated == "mask" else np.arange(len(group))
             if len(kept):
                 credited.append(group if len(kept) == len(group) else group.subset(kept.tolist()))
         return credited
+
+    def teaches(self, group: Group) -> bool:
+        kl_in_loss = self.kl_coef != 0 and self.kl != "k1"
+        return kl_in_loss or self.entropy_coef != 0 or bool(group.values["advantage"].any())
 
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, Metrics]:
         assert outputs.logps is not None and outputs.entropy is not None
@@ -151,4 +155,4 @@ class DAPO(GRPO):
     clip_high: float = 0.28  # ratios above 1 + clip_high gain nothing more
     aggregate: Aggregate = "token"  # mean over: all tokens; each completion, then all; max_new_tokens, then all
     kl_coef: float = 0.0  # weight of the KL to the starting policy; 0 needs no reference
-    overlong: Literal["keep", "mask", "penalty"] = "penalty"  # long answers: as verified; none cut off; penalised
+    truncated: Literal["keep", "mask", "penalty"] = "penalty"  # long answers: as verified; none cut off; penalised

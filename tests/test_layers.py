@@ -19,7 +19,7 @@ LAYERS = [
     {"methods"},
     {"evaluation"},
     {"claims", "papers", "report"},
-    {"cli", "ui", "api", "exporting", "recipes", "runs", "__main__"},
+    {"cli", "ui", "api", "chains", "exporting", "recipes", "runs", "__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

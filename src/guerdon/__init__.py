@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         read_feedback,
         resume,
         train,
+        train_chain,
         write_feedback,
         write_report,
     )
@@ -43,6 +44,7 @@ __all__ = [
     "read_feedback",
     "resume",
     "train",
+    "train_chain",
     "write_feedback",
     "write_report",
 ]

@@ -38,6 +38,7 @@ __all__ = [
     "read_feedback",
     "resume",
     "train",
+    "train_chain",
     "write_feedback",
     "write_report",
 ]
@@ -202,9 +203,26 @@ def train(method: str | Method, *, progress: Progress | None = None, **options: 
     return start(built, training, progress)
 
 
+def train_chain(recipe: str | Path, *, progress: Progress | None = None, **training: Any) -> RunDir:
+    """Improve a policy with the stages of a recipe, one after the other; the run of the last one comes back.
+
+    Called again it goes on where it stopped. See `guerdon.chains` for what such a recipe says.
+
+    Args:
+        **training: fields of `guerdon.training.config.Training` that override the recipe in every stage; `model` is
+            where the chain starts, `out` its directory.
+    """
+    from guerdon.chains import start
+
+    return start(recipe, training, progress)
+
+
 def resume(run: str | Path, *, progress: Progress | None = None) -> RunDir:
-    """Go on with an interrupted run exactly where its last checkpoint stands."""
-    from guerdon.runs import resume
+    """Go on with an interrupted run, or with a chain of them, exactly where its last checkpoint stands."""
+    if (Path(run) / "chain.json").is_file():
+        from guerdon.chains import resume
+    else:
+        from guerdon.runs import resume
 
     return resume(run, progress)
 

@@ -134,7 +134,7 @@ class Collect:
 
 @dataclass
 class Resume:
-    """Go on with an interrupted run, exactly where it stopped."""
+    """Go on with an interrupted run, or a chain of them, exactly where it stopped."""
 
     run_directory: Positional[str]  # of `guerdon train`
 
@@ -194,7 +194,7 @@ class Plugins:
 class Files(Plugins):
     """Beside the flags."""
 
-    recipe: str | None = None  # YAML file with the keys method, options and training; flags override it
+    recipe: str | None = None  # YAML file with the keys method (or stages), options and training; flags override it
 
 
 @dataclass
@@ -213,6 +213,8 @@ class Trials:
 def _train(argv: list[str]) -> None:
     """Improve a policy with one method."""
     argv, paths = _take(argv, "--recipe")
+    if paths and _has_stages(paths[-1]):
+        return _train_chain(paths[-1], argv)
     recipe = _read(paths[-1]) if paths else None
     name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     if recipe is not None and name not in (None, recipe.method):
@@ -233,6 +235,22 @@ def _train(argv: list[str]) -> None:
     with _resumable(training["out"]):
         train(method, progress=Terminal(), **training)
     print(training["out"])
+
+
+def _train_chain(path: str, argv: list[str]) -> None:
+    """Improve a policy with the stages of a recipe, one after the other; flags override it in every stage."""
+    if argv and not argv[0].startswith("-"):
+        raise ConfigError(f"recipe {path} has stages with methods of their own, so that '{argv[0]}' cannot be one.")
+    from guerdon.chains import read_chain
+
+    training = _training_section(said={"model": "", **read_chain(path)["training"]})
+    command = make_dataclass("Train", [("training", training), ("files", Files)])
+    parsed = _parse(command, argv, "train", _train_chain.__doc__, command(training(), Files()))
+    from guerdon.api import train_chain
+    from guerdon.training.progress import Terminal
+
+    with _resumable(parsed.training.out):
+        print(train_chain(path, progress=Terminal(), **_said(parsed.training, argv)).path.parent)
 
 
 def _flags(cls: type[Method], recipe: Recipe | None, argv: list[str]) -> tuple[Method, dict[str, Any]]:
@@ -281,8 +299,7 @@ def _evaluate(argv: list[str]) -> None:
     from guerdon.api import evaluate
 
     # A run knows its own data, task and seed: only what was typed departs from them.
-    typed = _typed(argv)
-    said = {k: v for k, v in vars(parsed.training).items() if f"--{k}" in typed or f"--no_{k}" in typed}
+    said = _said(parsed.training, argv)
     found = evaluate(parsed.judged.policy, **_without(parsed.judged, "policy", "json"), **said)
     _print_json(found.means()) if parsed.judged.json else _show_metrics(found.means())
 
@@ -324,6 +341,12 @@ def _recipe_method(path: str) -> dict[str, Any]:
         names = ", ".join(recipe.training)
         raise ConfigError(f"recipe {path} sets {names}: in a comparison give them as flags, the same for all.")
     return {"name": recipe.method, "options": recipe.options, "label": Path(path).stem}
+
+
+def _has_stages(path: str) -> bool:
+    from guerdon.recipes import read_mapping
+
+    return "stages" in read_mapping(path)
 
 
 def _read(path: str) -> Recipe:
@@ -420,6 +443,12 @@ def _parse(command: type, argv: list[str], name: str, about: str | None, start: 
 def _typed(argv: list[str]) -> list[str]:
     """The flags in `argv`, with underscores."""
     return [word.split("=")[0].replace("-", "_").replace("__", "--", 1) for word in argv if word.startswith("--")]
+
+
+def _said(section: Any, argv: list[str]) -> dict[str, Any]:
+    """Those fields of a parsed section whose flags were typed."""
+    typed = _typed(argv)
+    return {k: v for k, v in vars(section).items() if f"--{k}" in typed or f"--no_{k}" in typed}
 
 
 def _flag_names(command: type[Any]) -> Iterator[str]:

@@ -6,6 +6,8 @@ options:        # fields of the method
 training:       # fields of `guerdon.training.config.Training`
   model: smollm2-135m
   data: pairs.jsonl
+
+With `stages` in the place of `method` and `options` it is a chain, see `guerdon.chains`.
 """
 
 from __future__ import annotations
@@ -31,12 +33,8 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
 
 
-def read_recipe(path: str | Path) -> Recipe:
-    """Read and check one YAML file.
-
-    Raises:
-        ConfigError: no such file, not YAML, an unknown key, method or option (with the nearest name), a wrong type.
-    """
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """What a YAML file says, unchecked; `ConfigError` where there is no such file or it is no mapping."""
     import yaml
 
     try:
@@ -47,6 +45,16 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ConfigError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(said, dict):
         raise ConfigError(f"recipe {path}: has to be a mapping with the keys {', '.join(KEYS)}.")
+    return said
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read and check one YAML file.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, method or option (with the nearest name), a wrong type.
+    """
+    said = read_mapping(path)
     for key in said:
         if key not in KEYS:
             raise ConfigError(f"recipe {path}: there is no key '{key}'.{near(str(key), KEYS)} Keys: {', '.join(KEYS)}.")

@@ -21,7 +21,7 @@ from guerdon.errors import ConfigError
 from guerdon.language.forward import GroupModel
 from guerdon.language.models import add_lora, load_model
 from guerdon.language.sampling import make_sampler
-from guerdon.language.sampling.base import Sampling
+from guerdon.language.sampling.base import Completion, Sampling
 from guerdon.language.sampling.local import LocalSampler
 from guerdon.language.templates import prompt_ids, stop_ids
 
@@ -64,8 +64,7 @@ class LLM:
         drawn = engine.sample([prompt], [[p.seed]], how)[0][0]
         assert p.logprobs == 0
         logprobs = [
-            {token: SimpleNamespace(logprob=float(logp))}
-            for token, logp in zip(drawn.tokens, drawn.logps, strict=True)
+            {token: SimpleNamespace(logprob=float(logp))} for token, logp in zip(drawn.tokens, drawn.logps, strict=True)
         ]
         reason = "stop" if drawn.finished else "length"
         output = SimpleNamespace(token_ids=drawn.tokens, logprobs=logprobs, finish_reason=reason, text=drawn.text)
@@ -86,6 +85,10 @@ def policy(tiny: tuple[Any, Any], request: pytest.FixtureRequest) -> GroupModel:
         model = add_lora(model, 4, 8.0)
         shake(model)
     return GroupModel(model)
+
+
+def flat(completions: list[list[Completion]]) -> list[Completion]:
+    return [c for group in completions for c in group]
 
 
 def shake(model: Any) -> None:
@@ -109,10 +112,10 @@ def test_it_draws_from_the_policy_and_follows_its_updates(
     def check() -> list[list[int]]:
         found, expected = engine.sample(prompts, SEEDS, SAMPLING), local.sample(prompts, SEEDS, SAMPLING)
         assert [len(group) for group in found] == [2, 0, 1]
-        for ours, theirs in zip(sum(found, []), sum(expected, []), strict=True):
+        for ours, theirs in zip(flat(found), flat(expected), strict=True):
             assert (ours.tokens, ours.text, ours.finished) == (theirs.tokens, theirs.text, theirs.finished)
             np.testing.assert_allclose(ours.logps, theirs.logps, atol=1e-4)
-        return [c.tokens for c in sum(found, [])]
+        return [c.tokens for c in flat(found)]
 
     before = check()
     first = vllm.started[0].weights_path

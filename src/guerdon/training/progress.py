@@ -47,7 +47,6 @@ class Terminal:
 
         self.console = Console(stderr=True)
         self.live = self.console.is_terminal
-        self.shown: dict[str, float] = {}  # the latest value of every metric
         self.line = ""  # what has not been printed yet
         self.last_line = 0.0
 
@@ -56,6 +55,7 @@ class Terminal:
         from rich.progress import Progress as Bar
 
         self.start = (time.monotonic(), done)
+        self.shown: dict[str, float] = {}  # the latest value of every metric
         if self.live:
             self.bar = Bar(BarColumn(20), TextColumn("{task.description}"), console=self.console)
             self.task = self.bar.add_task(f"step {step}", total=_PARTS, completed=round(_PARTS * done))

@@ -74,7 +74,7 @@ class ServerSampler:
         if sampling.top_k and not self._extras:
             raise self._error("the server knows no top_k; use top_k 0, and top_p instead.")
         with ThreadPoolExecutor(self.at_once) as pool:
-            done = pool.map(lambda job: self._complete(*job, sampling), work)
+            done = pool.map(lambda job: self._complete(job[0], job[1], sampling), work)
             return [[next(done) for _ in own] for own in seeds]
 
     def _meet(self, prompt: Sequence[int]) -> None:
@@ -103,7 +103,7 @@ class ServerSampler:
                 if getattr(error.__cause__, "status_code", None) not in REFUSALS or not self._extras:
                     raise
             else:
-                if True:
+                if not self._by_ids or self._means_the_same(answer):
                     break
         self._client = client
 

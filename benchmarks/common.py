@@ -356,10 +356,11 @@ def compare(sides: Mapping[str, tuple[Any, ...]], bar: float | None, threads: in
     }
 
 
-def arguments(what: str) -> argparse.Namespace:
+def arguments(what: str, repeats: bool = True) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--threads", type=int, default=1, help="of torch, on each side")
-    parser.add_argument("--repeats", type=int, default=5, help="counted steps of each side")
+    if repeats:
+        parser.add_argument("--repeats", type=int, default=5, help="counted steps of each side")
     return parser.parse_args()
 
 

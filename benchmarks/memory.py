@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import importlib
 import tempfile
 from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from benchmarks import common, dpo, grpo_update
 
@@ -23,7 +21,13 @@ def steady_peak(threads: int, build: common.Build, *args: Any) -> int:
         return max(side.step().peak for _ in range(3))
 
 
-def random_model(vocabulary: int) -> Callable[[], Any]:
+def checkpointing(bench: str, *args: Any) -> Callable[[], Any]:
+    """Our step with gradient checkpointing, which TRL's default has too."""
+    step: Callable[[], Any] = importlib.import_module(bench).ours("bf16", *args, gradient_checkpointing=True)
+    return step
+
+
+def other_vocabulary(vocabulary: int) -> Callable[[], Any]:
     """Our DPO step on a model of SmolLM2's shape and random weights, with another vocabulary."""
     from transformers import LlamaForCausalLM
 
@@ -33,7 +37,6 @@ def random_model(vocabulary: int) -> Callable[[], Any]:
     model.config.vocab_size = vocabulary
     directory = tempfile.mkdtemp()
     save_model(LlamaForCausalLM(model.config), tokenizer, directory)
-    del model
     return dpo.ours("bf16", SHAPE, model=directory)
 
 
@@ -50,18 +53,23 @@ def parameters(vocabulary: int) -> int:
 
 
 def main() -> None:
-    options = common.arguments(__doc__ or "")
+    options = common.arguments(__doc__ or "", repeats=False)
     found: dict[str, Any] = {}
-    benches = {"dpo": (dpo, (SHAPE,)), "grpo": (grpo_update, ())}
-    for name, (bench, args) in benches.items():
-        peaks = {f"trl {s}": steady_peak(options.threads, bench.trl, s, *args) for s in ("autocast", "bf16 weights", "default")}
-        peaks["ours"] = steady_peak(options.threads, bench.ours, "bf16", *args)
-        found[name] = peaks
-        print(f"{name}:", ", ".join(f"{side} {peak / 2**30:.2f} GiB" for side, peak in peaks.items()), flush=True)
-    rest = {}
-    for vocabulary in VOCABULARIES:
-        peak, state = steady_peak(options.threads, random_model, vocabulary), STATE_BYTES * parameters(vocabulary)
-        rest[vocabulary] = peak - state
-        print(f"vocabulary {vocabulary}: {peak / 2**30:.2f} GiB, {(peak - state) / 2**30:.2f} beyond {state / 2**30:.2f} of state")
-    found["vocabulary"] = rest
+    for name, bench, args in (("dpo", dpo, (SHAPE,)), ("grpo", grpo_update, ())):
+        sides: dict[str, tuple[Any, ...]] = {
+            "ours": (bench.ours, "bf16", *args),
+            "ours checkpointing": (checkpointing, bench.__name__, *args),
+            **{f"trl {setting}": (bench.trl, setting, *args) for setting in ("autocast", "bf16 weights", "default")},
+        }
+        found[name] = {side: steady_peak(options.threads, *what) for side, what in sides.items()}
+        print(f"{name} update:", ", ".join(f"{side} {b / 2**30:.2f} GiB" for side, b in found[name].items()), flush=True)
+    found["vocabulary"] = {}
+    for size in VOCABULARIES:
+        peak, state = steady_peak(options.threads, other_vocabulary, size), STATE_BYTES * parameters(size)
+        found["vocabulary"][size] = {"peak": peak, "state": state}
+        print(f"vocabulary of {size}: {peak / 2**30:.2f} GiB, of which {state / 2**30:.2f} are state", flush=True)
     common.save("memory", options.threads, found)
+
+
+if __name__ == "__main__":
+    main()

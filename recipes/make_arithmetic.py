@@ -20,8 +20,8 @@ DEMONSTRATIONS, WRONG, ENDLESS = 5000, 0.25, 0.15
 def worked(a: int, b: int, result: int) -> str:
     """Units, then tens with what was carried, then the result: 47+85= gives 7+5=12 4+8+1=13 132."""
     units = a % 10 + b % 10
-    carried = "+1" if units > 9 else ""
-    return f"{a % 10}+{b % 10}={units} {a // 10}+{b // 10}{carried}={a // 10 + b // 10 + units // 10} {result}"
+    carried = units // 10
+    return f"{a % 10}+{b % 10}={units:02} {a // 10}+{b // 10}+{carried}={a // 10 + b // 10 + carried:02} {result}"
 
 
 def main(directory: Path) -> None:

@@ -11,11 +11,18 @@ from guerdon.errors import ConfigError, GuerdonError, near
 from guerdon.exporting import export
 from guerdon.feedback.readers import read_feedback
 from guerdon.feedback.records import Record, texts
-from guerdon.feedback.writers import write_feedback
-from guerdon.fields import build
-from guerdon.methods.base import LanguageMethod, Method, all_methods, can_learn, get_method
+from guerdon.feedback.writers import check_target, write_feedback
+from guerdon.fields import build, check_range
+from guerdon.methods.base import (
+    LanguageMethod,
+    Method,
+    all_methods,
+    can_learn,
+    check_options,
+    check_sampling,
+    get_method,
+)
 from guerdon.training.config import Training
-from guerdon.training.loggers import check_sinks
 
 if TYPE_CHECKING:
     from guerdon.evaluation.comparison import Comparison
@@ -65,10 +72,7 @@ def configure(method: str | Method, options: dict[str, Any], where: str) -> tupl
     training = build(Training, {k: v for k, v in options.items() if k in names}, where)
     if isinstance(method, str):
         method = build(cls, {k: v for k, v in options.items() if k in own}, where)
-    if (training.data is None) == (training.task is None):
-        raise ConfigError(f"{where}: {cls.name} learns from feedback or from a task: give either data or task.")
-    check_sinks(training.log_to)
-    method.check()
+    check_options(method, training)
     return method, training
 
 
@@ -99,6 +103,7 @@ def inspect(
     """
     from guerdon.feedback.inspect import inspect_feedback
 
+    check_range({"max_length": max_length, "limit": 1 if limit is None else limit}, "max_length", "limit", low=1)
     feedback = read_feedback(source, skip_bad=skip_bad, limit=limit, split=split)
     count = None
     if model is not None:
@@ -133,6 +138,7 @@ def look(
     """
     from guerdon.language.look import look
 
+    check_range({"max_length": max_length, "records": records}, "max_length", "records", low=1)
     feedback = read_feedback(source, skip_bad=skip_bad, split=split)
     return look(feedback.records, _tokenizer(model, feedback.records), records, max_length=max_length)
 
@@ -165,6 +171,12 @@ def collect(
     from guerdon.tasks import load_task
     from guerdon.tasks.collect import collect
 
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    check_sampling(vars(sampling))
+    check_range({"n": n, "prompts": prompts}, "n", "prompts", low=1)
+    check_target(out)
+    if Path(out).exists():
+        raise ConfigError(f"{out} exists already: choose another --out, or delete it to collect again.")
     loaded = load_task(task, verifier=verifier, seed=0)
     policy = Policy.load(model, texts=texts(loaded.train + loaded.test))
     tokenizer = policy.tokenizer
@@ -174,7 +186,7 @@ def collect(
         tokenizer,
         n=n,
         prompts=prompts,
-        sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p),
+        sampling=sampling,
         seed=seed,
         out=out,
         policy=fingerprint(policy.model.model),
@@ -239,15 +251,24 @@ def evaluate(policy: str | Path, *, max_length: int = 2048, **training: Any) -> 
     from guerdon.runs import evaluate
     from guerdon.training.rundir import RunDir
 
-    if (Path(policy) / "config.json").is_file() and (Path(policy) / "policy").is_dir():
-        own = RunDir.open(policy).config["training"]
+    check_range({"max_length": max_length}, "max_length", low=1)
+    if RunDir.is_at(policy):
+        run = RunDir.open(policy)
+        if not (run.path / "policy").is_dir():
+            raise ConfigError(
+                f"{policy} is not done ({run.status['state']}) and has no policy: `guerdon resume {policy}` goes on."
+            )
+        own = run.config["training"]
         if {"data", "task"} & set(training):
-            own |= {"data": None, "eval_data": None, "task": None, "verifier": None}
+            own |= {"data": None, "eval_data": None, "task": None, "verifier": None, "max_samples": 0}
         config = build(Training, {**own, "out": str(policy), **training}, "evaluate")
         out: Path | None = Path(config.out)
-    else:
+    elif {"data", "task"} & set(training):
         config = build(Training, {"model": str(policy), **training}, "evaluate")
         out = Path(config.out) if "out" in training else None
+    else:
+        raise ConfigError(f"{policy} holds no run that would say what it is judged on: give either data or task.")
+    config.check()
     found = evaluate(policy, config, max_length)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -278,10 +299,20 @@ def compare(
         say: is told one line about each start and end of a stage.
         **training: fields of `Training`, the same for all methods.
     """
+    from guerdon.evaluation.compare import check_sources
     from guerdon.evaluation.compare import compare as run
 
-    rows = [{"name": m.name, "options": m.options()} if isinstance(m, Method) else m for m in methods]
-    return run(rows, training=training, seeds=seeds, budget=budget or {}, out=out, jobs=jobs, command=command, say=say)
+    return run(
+        [{"name": m.name, "options": m.options()} if isinstance(m, Method) else m for m in methods],
+        training=training,
+        seeds=seeds,
+        budget=budget or {},
+        out=out,
+        jobs=jobs,
+        check=check_sources,
+        command=command,
+        say=say,
+    )
 
 
 def write_report(directory: str | Path, out: str | Path | None = None) -> Path:

@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
@@ -124,7 +125,10 @@ class Collect:
         def progress(done: int, total: int) -> None:
             print(f"{done} of {total} prompts", file=sys.stderr)
 
-        summary = collect(**_without(self, "json"), progress=progress)
+        try:
+            summary = collect(**_without(self, "json"), progress=progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted. The same command goes on with what was collected.") from None
         if self.json:
             _print_json(summary)
         else:
@@ -355,6 +359,8 @@ def _read(path: str) -> Recipe:
     return read_recipe(path)
 
 
+LIBRARIES = r"(accelerate|datasets|huggingface_hub|peft|safetensors|tokenizers|torch|transformers)(\.|$)"
+
 COMMANDS: dict[str, type | Callable[[list[str]], int | None]] = {
     "methods": Methods,
     "inspect": Inspect,
@@ -371,6 +377,7 @@ COMMANDS: dict[str, type | Callable[[list[str]], int | None]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 where a trial failed, 2 for what the user can mend, 130 after Ctrl-C."""
+    _quiet()
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except GuerdonError as error:
@@ -382,6 +389,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains on its way out
         return 1
+
+
+def _quiet() -> None:
+    """Keep what libraries say of themselves out of the terminal, errors aside; who has set their variables is heard."""
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        for kind in (DeprecationWarning, FutureWarning, UserWarning):
+            warnings.filterwarnings("ignore", category=kind, module=LIBRARIES)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -486,8 +503,9 @@ def _resumable(directory: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        again = f"interrupted. `guerdon resume {directory}` goes on from the last checkpoint."
-        raise KeyboardInterrupt(str(stop) or again) from None
+        begun = any((Path(directory) / name).exists() for name in ("config.json", "chain.json"))
+        again = f"`guerdon resume {directory}` goes on from the last checkpoint." if begun else "Nothing had begun."
+        raise KeyboardInterrupt(str(stop) or f"interrupted. {again}") from None
 
 
 def _gist(documented: Any) -> str:

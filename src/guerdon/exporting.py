@@ -57,11 +57,13 @@ def export(source: str | Path, *, to: Literal["trl"] = "trl", out: str | Path = 
         raise ConfigError(f"export: TRL's {target.command} {need}.")
     config = {**_trainer(method, training), **target.config(method)}
     write = _write_task if target.online else _write_feedback
-    out = Path(out)
-    (out / "data").mkdir(parents=True, exist_ok=True)
-    config |= write(method, training, out)
-    file = out / f"{target.command}.yaml"
-    _write_yaml(file, target.command, config)
+    file = Path(out) / f"{target.command}.yaml"
+    try:
+        (file.parent / "data").mkdir(parents=True, exist_ok=True)
+        config |= write(method, training, file.parent)
+        _write_yaml(file, target.command, config)
+    except OSError as error:
+        raise ConfigError(f"export: {out} cannot be written ({error.strerror}): choose another --out.") from error
     return file
 
 

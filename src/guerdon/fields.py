@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import io
+import math
 import textwrap
 import tokenize
 from collections.abc import Mapping
@@ -100,6 +101,29 @@ def checked(cls: type[Any], values: Mapping[str, Any], where: str, required: boo
         except ValueError:
             raise ConfigError(f"{where}: '{name}' has to be {spell(kinds[name])}, not {value!r}.") from None
     return result
+
+
+def check_range(
+    values: Mapping[str, Any],
+    *names: str,
+    low: float = 0,
+    high: float = math.inf,
+    above: bool = False,
+    below: bool = False,
+) -> None:
+    """Raise `ConfigError` where one of these values is no finite number from `low` to `high`.
+
+    Args:
+        above, below: `low`, or `high`, itself is not allowed.
+    """
+    for name in names:
+        value = values[name]
+        fits = (low < value if above else low <= value) and (value < high if below else value <= high)
+        if not fits or not math.isfinite(value):
+            least = f"{'above' if above else 'at least'} {low:g}"
+            most = f" and {'below' if below else 'at most'} {high:g}" if high < math.inf else ""
+            finite = "" if math.isfinite(value) else ", and finite"
+            raise ConfigError(f"{name} is {value}: it must be {least}{most}{finite}.")
 
 
 def spell(kind: Any) -> str:

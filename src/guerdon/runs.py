@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from guerdon.errors import DataError, GuerdonError
 from guerdon.feedback.records import texts
 from guerdon.fields import build
 from guerdon.lazy import torch
@@ -14,11 +15,16 @@ from guerdon.training.rundir import RunDir
 
 if TYPE_CHECKING:
     from guerdon.evaluation.metrics import Evaluation
+    from guerdon.training.distributed import Distribution
+    from guerdon.training.language import LanguageRun
     from guerdon.training.progress import Progress
 
 
 def start(method: LanguageMethod, config: Training, progress: Progress | None = None) -> RunDir:
-    """Train a policy from its start; the run directory `config.out` must be new."""
+    """Train a policy from its start; the run directory `config.out` must be new.
+
+    Where data, task or model turn out to be unusable there is no run, and its directory is removed.
+    """
     from guerdon.training.distributed import Distribution
 
     distribution = Distribution.start()
@@ -26,7 +32,13 @@ def start(method: LanguageMethod, config: Training, progress: Progress | None = 
         rundir = RunDir.create(config.out, method.name, method.options(), vars(config))
     distribution.barrier()
     rundir = RunDir.open(config.out)
-    return _go(rundir, method, config, distribution, progress)
+    try:
+        run = _prepare(rundir, method, config, distribution)
+    except GuerdonError:
+        if distribution.is_main:
+            rundir.remove()
+        raise
+    return _go(run, rundir, progress)
 
 
 def resume(path: str | Path, progress: Progress | None = None) -> RunDir:
@@ -38,8 +50,9 @@ def resume(path: str | Path, progress: Progress | None = None) -> RunDir:
         return rundir
     saved = rundir.config
     method = build(get_method(saved["method"]), saved["options"], f"{path}/config.json")
+    assert isinstance(method, LanguageMethod)
     config = build(Training, {**saved["training"], "out": str(path)}, f"{path}/config.json")
-    return _go(rundir, method, config, Distribution.start(), progress)
+    return _go(_prepare(rundir, method, config, Distribution.start()), rundir, progress)
 
 
 def evaluate(policy: str | Path, config: Training, max_length: int = 2048) -> Evaluation:
@@ -52,7 +65,7 @@ def evaluate(policy: str | Path, config: Training, max_length: int = 2048) -> Ev
     from guerdon.language.policy import Policy
     from guerdon.training.language import material
 
-    task, records, held_out = material(config)
+    task, records, held_out, _ = material(config)
     how = {"seed": config.seed, "texts": list(texts(records + held_out))}
     judged = Policy.load(policy, config.precision, **how)
     is_start = str(policy) == config.model
@@ -60,18 +73,42 @@ def evaluate(policy: str | Path, config: Training, max_length: int = 2048) -> Ev
     return evaluate_policy(judged, start.annotate, held_out, task, config, max_length)
 
 
-def _go(rundir, method, config, distribution, progress):  # type: ignore[no-untyped-def]
-    from guerdon.evaluation.evaluate import evaluate_run
+def _prepare(rundir: RunDir, method: LanguageMethod, config: Training, distribution: Distribution) -> LanguageRun:
+    """Read the data and load the model."""
     from guerdon.training.language import LanguageRun
-    from guerdon.training.loggers import open_sinks
-    from guerdon.training.runner import run_loop
 
     if config.threads:
         torch.set_num_threads(config.threads)
     run = LanguageRun(method, config, distribution, rundir.path)
+    if not run.records:
+        raise DataError(f"{config.data}: a holdout of {config.holdout:g} leaves nothing to learn from.")
+    if not run.held_out and config.holdout:
+        raise DataError(
+            f"{config.data}: there are too few different prompts to hold any out: give --eval-data, or --holdout 0 to "
+            "learn from all of it and evaluate nothing."
+        )
     method.setup(run)
     if rundir.latest_checkpoint() is None:
         run.forget_samples(0)  # of a run that was killed before its first checkpoint
-    sinks = open_sinks(rundir, config.log_to) if distribution.is_main else []
-    run_loop(run, method, rundir, config, evaluate=evaluate_run, sinks=sinks, progress=progress)
+    return run
+
+
+def _go(run: LanguageRun, rundir: RunDir, progress: Progress | None) -> RunDir:
+    from guerdon.evaluation.evaluate import evaluate_run
+    from guerdon.training.loggers import open_sinks
+    from guerdon.training.runner import run_loop
+
+    main = run.distribution.is_main
+    if main and progress is not None:
+        for note in run.notes:
+            progress.note(note)
+    run_loop(
+        run,
+        run.method,
+        rundir,
+        run.config,
+        evaluate=evaluate_run if run.held_out else None,
+        sinks=open_sinks(rundir, run.config.log_to) if main else [],
+        progress=progress,
+    )
     return rundir

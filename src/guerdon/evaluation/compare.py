@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from guerdon.errors import ConfigError
+from guerdon.errors import ConfigError, DataError
 from guerdon.evaluation.comparison import BASE, Comparison, Row, as_dict, judge
 from guerdon.evaluation.metrics import Evaluation
 from guerdon.evaluation.trials import EVALUATION, Launch, Progress, Trial, guerdon_command, locked, run_trials
 from guerdon.evaluation.wording import tables, verdict
+from guerdon.feedback.readers import Feedback
 from guerdon.fields import checked
-from guerdon.methods.base import get_method
+from guerdon.methods.base import LanguageMethod, check_options, get_method
 from guerdon.training.config import Training
 from guerdon.training.rundir import RunDir
 
@@ -38,6 +39,7 @@ def compare(
     budget: Mapping[str, int],
     out: str | Path,
     jobs: int = 1,
+    check: Callable[[dict[str, Any]], None] = lambda settings: None,
     launch: Launch = guerdon_command,
     command: str = "",
     say: Callable[[str], None] = lambda line: None,
@@ -54,6 +56,7 @@ def compare(
         budget: what each trial may spend: `updates`, `samples`, or both. Empty lets each method run to its own end.
         out: directory of the comparison.
         jobs: trials at once; each gets its share of cores and GPUs.
+        check: raises where the settings cannot work, before anything is written or started; see `check_sources`.
         launch: the command of a trial's stage.
         command: how to make this comparison again, as typed, for the report.
         say: is told one line about each start and end of a stage.
@@ -65,6 +68,7 @@ def compare(
     settings = _settings(methods, training, seeds, budget)
     if jobs < 1:
         raise ConfigError(f"compare: jobs has to be at least 1, not {jobs}.")
+    check(settings)
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -123,7 +127,6 @@ def _settings(
             raise ConfigError(f"compare: a method has name, options and label, not '{unknown.pop()}'.")
         cls, label = get_method(entry["name"]), str(entry.get("label") or entry["name"])
         options = checked(cls, entry.get("options") or {}, f"compare: options of {label}")
-        cls(**options).check()
         if _folder(label) in map(_folder, [*rows, BASE]):
             raise ConfigError(f"compare: two rows would be called '{label}'; give each method a label of its own.")
         rows[label] = {"label": label, "name": entry["name"], "options": options}
@@ -139,14 +142,40 @@ def _settings(
             raise ConfigError(f"compare: '{name}' is set for each trial by the comparison; take it out of `training`.")
     fields = checked(Training, {"out": "", **training}, "compare", required=True)
     del fields["out"]
-    if fields.get("data") is None and fields.get("task") is None:
-        raise ConfigError("compare: the methods have nothing to learn from: give data, a task, or both.")
+    config = Training(**{**fields, **{BUDGETS[unit]: amount for unit, amount in spent.items()}})
+    for row in rows.values():
+        check_options(get_method(row["name"])(**row["options"]), config)
+    if config.task is None and not (config.holdout or config.eval_data):
+        raise ConfigError("compare: nothing is held out to judge by: raise holdout or give eval_data.")
     settings = {"methods": list(rows.values()), "training": fields, "seeds": seeds, "budget": spent}
     for name in ("data", "eval_data"):
         if fields.get(name) and Path(fields[name]).is_file():
             with open(fields[name], "rb") as file:
                 settings[f"{name}_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return json.loads(json.dumps(settings))
+
+
+def check_sources(settings: dict[str, Any]) -> None:
+    """Read the data or the task of a comparison and find its model, so that what is wrong with them is told once.
+
+    Raises:
+        ConfigError, DataError: what every trial would fail with.
+    """
+    from guerdon.language.models import check_name
+    from guerdon.training.language import material
+
+    config = Training(**settings["training"])
+    methods = [get_method(m["name"])(**m["options"]) for m in settings["methods"]]
+
+    def check(feedback: Feedback) -> None:
+        for method in methods:
+            if isinstance(method, LanguageMethod):
+                method.check_feedback(feedback)
+
+    check_name(config.model)
+    _, train, held_out, _ = material(config, check)
+    if not (train and held_out):
+        raise DataError(f"{config.data}: there are too few different prompts to learn from some and judge by others.")
 
 
 def _remember(out: Path, settings: dict[str, Any], command: str) -> None:

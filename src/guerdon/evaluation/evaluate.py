@@ -15,7 +15,7 @@ from guerdon.feedback.records import Record
 from guerdon.language.groups import Group
 from guerdon.language.policy import Policy
 from guerdon.language.sampling.base import Sampling
-from guerdon.language.templates import prompt_ids, render_all
+from guerdon.language.templates import prompt_ids, render_each
 from guerdon.methods.base import pairs_from_scores
 from guerdon.tasks import Task
 from guerdon.training.config import Training
@@ -44,7 +44,8 @@ def evaluate_policy(
     Args:
         start: sets the log-probs of the policy that training started from.
         how: its `eval_` options; samples are drawn with the same seeds for every policy.
-        max_length: with feedback: tokens of a prompt with one completion; longer ones are cut.
+        max_length: with feedback: tokens of a prompt with one completion; `how.overlong` says what longer ones meet.
+            Items that are left out have no value (nan) in any metric.
 
     Raises:
         DataError: there is nothing to judge by.
@@ -56,7 +57,7 @@ def evaluate_policy(
     if task is not None:
         metrics, primary = _by_task(policy, start, records, task, how)
     else:
-        metrics, primary = _by_feedback(policy, start, records, max_length)
+        metrics, primary = _by_feedback(policy, start, records, how, max_length)
     settings = {name: value for name, value in vars(how).items() if name.startswith("eval_")}
     return Evaluation(keys, metrics, primary, settings | {"dtype": str(policy.model.dtype)})
 
@@ -98,9 +99,22 @@ def _by_task(
 
 
 def _by_feedback(
-    policy: Policy, start: Annotate, records: list[Record], max_length: int
+    policy: Policy, start: Annotate, records: list[Record], how: Training, max_length: int
 ) -> tuple[dict[str, np.ndarray], str]:
-    groups, _ = render_all(records, policy.tokenizer, max_length=max_length)
+    rendered = render_each(
+        records, policy.tokenizer, max_length=max_length, overlong=how.overlong, skip_bad=how.skip_bad
+    )
+    groups = [group for group in rendered if group is not None]
+    if not groups:
+        raise DataError(f"no held-out item fits into {max_length} tokens: raise --max-length.")
+    metrics, primary = _judge(policy, start, groups)
+    for name, values in metrics.items():
+        metrics[name] = np.full(len(records), np.nan)
+        metrics[name][[group is not None for group in rendered]] = values
+    return metrics, primary
+
+
+def _judge(policy: Policy, start: Annotate, groups: list[Group]) -> tuple[dict[str, np.ndarray], str]:
     pairs = [_best_and_worst(g) for g in groups]
     compared = [g.subset(list(p)) if p else g.subset([0]) for g, p in zip(groups, pairs, strict=True)]
     policy.annotate(compared, "logps")

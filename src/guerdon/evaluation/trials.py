@@ -198,7 +198,8 @@ class _Process:
             progress.state = "failed"
             progress.error = f"{self.stage}: {_ending(code)}\n{self._last_lines()}".strip()
         progress.save(self.trial.directory)
-        self.say(f"{self.trial.name}: {progress.state} after {progress.wall:.0f} s")
+        why = f": {progress.error.splitlines()[-1]}" if progress.error else ""
+        self.say(f"{self.trial.name}: {progress.state} after {progress.wall:.0f} s{why}")
         return True
 
     def stopped(self) -> bool:

@@ -29,14 +29,12 @@ def write_feedback(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]])
         DataError: an unknown suffix, a row that JSON cannot hold (its number and column are named), or a full disk.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in _WRITERS:
-        raise DataError(f"{path}: feedback is written to {', '.join(_WRITERS)} files, not to '{suffix}'.")
+    check_target(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            count = _WRITERS[suffix](file, _checked(rows, path), path)
+            count = _WRITERS[path.suffix.lower()](file, _checked(rows, path), path)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -46,6 +44,15 @@ def write_feedback(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]])
         with contextlib.suppress(OSError):
             temporary.unlink()
     return count
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise `DataError` where no feedback could be written to a file of this name."""
+    path = Path(path)
+    if path.suffix.lower() not in _WRITERS:
+        raise DataError(f"{path}: feedback is written to {', '.join(_WRITERS)} files, not to '{path.suffix}'.")
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory: name a file.")
 
 
 def _checked(rows: Iterable[dict[str, Any]], path: Path) -> Rows:

@@ -22,11 +22,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_name(name: str) -> None:
-    """Raise `ConfigError` where it is plain, without loading anything, that no model has this name."""
+    """Raise `ConfigError` where a name leads to no model; nothing of it is loaded, but the hub may be asked for it."""
     if name.startswith("tiny:"):
         parse_tiny(name)
-    else:
-        _gguf_file(name)
+    elif _gguf_file(name) is None:
+        directory = Path(name).expanduser()
+        if not directory.is_dir():
+            _ask_hub(name)
+        elif not any((directory / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise ConfigError(f"model '{name}': the directory has no config.json, so there is no saved model in it.")
+        elif (directory / "policy").is_dir():
+            raise ConfigError(f"model '{name}' is a run: its policy is the model '{directory / 'policy'}'.")
 
 
 def load_model(name: str, *, dtype: str = "float32", seed: int = 0, texts: Iterable[str] = ()) -> tuple[Any, Any]:
@@ -45,6 +51,7 @@ def load_model(name: str, *, dtype: str = "float32", seed: int = 0, texts: Itera
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}.{near(dtype, DTYPES)}")
+    check_name(name)
     if name.startswith("tiny:"):
         model, tokenizer = build_tiny(parse_tiny(name), texts, seed)
         model = model.to(getattr(torch, dtype)).eval()
@@ -54,11 +61,8 @@ def load_model(name: str, *, dtype: str = "float32", seed: int = 0, texts: Itera
         name = str(directory.resolve())
         if (directory / "adapter_config.json").is_file():
             return _load_adapter(directory, dtype)
-        if not (directory / "config.json").is_file():
-            raise ConfigError(f"model '{name}': the directory has no config.json, so there is no saved model in it.")
         model, tokenizer = _load(name, dtype)
     else:
-        _ask_hub(name)
         model, tokenizer = _load(name, dtype)
     model.name_or_path = model.config._name_or_path = name  # an adapter's base is found again under this name
     return model, tokenizer
@@ -95,7 +99,8 @@ def save_model(model: Any, tokenizer: Any, directory: str | Path) -> None:
     directory = Path(directory)
     tokenizer.save_pretrained(directory)
     if not hasattr(model, "peft_config"):
-        model.save_pretrained(directory)
+        with _without_progress():
+            model.save_pretrained(directory)
         return
     model.save_pretrained(directory, save_embedding_layers=False)  # peft would ask the hub whether they have changed
     if model.get_base_model().name_or_path.startswith("tiny:"):
@@ -109,6 +114,12 @@ def fingerprint(model: Any) -> str:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def learned_positions(model: Any) -> int | None:
+    """How many tokens a model can read that has learned a vector for each position; None where no such limit is."""
+    rotary = getattr(model.config, "rope_parameters", None)
+    return None if rotary else getattr(model.config, "max_position_embeddings", None)
 
 
 def cache_directory() -> Path:
@@ -196,7 +207,10 @@ def _load(source: str, dtype: str, **options: Any) -> tuple[Any, Any]:
 def _load_adapter(directory: Path, dtype: str) -> tuple[Any, Any]:
     from peft import PeftModel
 
-    base_name = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
+    try:
+        base_name = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model '{directory}' is an adapter whose adapter_config.json cannot be read.") from error
     own = directory / "base"
     try:
         base, tokenizer = load_model(str(own) if own.is_dir() else base_name, dtype=dtype)
@@ -207,7 +221,10 @@ def _load_adapter(directory: Path, dtype: str) -> tuple[Any, Any]:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    return PeftModel.from_pretrained(base, directory, is_trainable=True), tokenizer
+    try:
+        return PeftModel.from_pretrained(base, directory, is_trainable=True), tokenizer
+    except Exception as error:  # cut short, of another model
+        raise ConfigError(f"model '{directory}' cannot be loaded: {_first_line(error)}.") from error
 
 
 def _ask_hub(name: str) -> None:
@@ -238,10 +255,14 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _without_progress() -> Iterator[None]:
+    """No bars of transformers for what takes a moment; the hub's, for what it downloads, are shown."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
     try:
         yield
     finally:

@@ -186,6 +186,19 @@ def render_all(
     return groups, stats
 
 
+def render_each(
+    records: Iterable[Record],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    overlong: Literal["cut", "refuse", "drop"] = "cut",
+    skip_bad: bool = False,
+) -> list[Group | None]:
+    """One group per record, or None where it is left out; arguments and errors as for `render_all`."""
+    how: dict[str, Any] = {"max_length": max_length, "overlong": overlong, "skip_bad": skip_bad}
+    return [next(iter(render_all([record], tokenizer, **how)[0]), None) for record in records]
+
+
 def prompt_ids(prompt: Text, tokenizer: Any) -> list[int]:
     """The tokens of a prompt alone, as sampling begins from them: a conversation with its generation prompt.
 

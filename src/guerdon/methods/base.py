@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import numpy as np
 
 from guerdon.errors import ConfigError, DataError, near
+from guerdon.fields import check_range
 from guerdon.plugins import load_plugins
+from guerdon.training.config import Training
+from guerdon.training.loggers import check_sinks
 
 if TYPE_CHECKING:
     import torch
@@ -202,6 +205,55 @@ class LanguageMethod(Method):
             run.cursor.next_round()
             if not updates:
                 yield health
+
+
+def check_options(method: Method, training: Training) -> None:
+    """Raise `ConfigError` where options of a method or of the runner cannot be meant, or contradict each other.
+
+    Nothing is loaded for it, and no file is read.
+    """
+    training.check()
+    check_sinks(training.log_to)
+    if isinstance(method, LanguageMethod):
+        _check_loop(method, training)
+    method.check()
+
+
+def _check_loop(method: LanguageMethod, training: Training) -> None:
+    check_range(vars(method), "batch_size", "epochs", "max_length", "max_draws", low=1)
+    check_range(vars(method), "lr", "weight_decay", "max_grad_norm")
+    check_range(vars(method), "adam_eps", above=True)
+    check_range(vars(method), "warmup", high=1)
+    check_range(vars(method), "adam_beta1", "adam_beta2", high=1, below=True)
+    if training.task is None:
+        if method.learns_from == "verifier":
+            raise ConfigError(
+                f"{method.name} learns from a verifier: give a task instead of data. "
+                f"`guerdon inspect {training.data}` says which methods can learn from the data."
+            )
+        return
+    check_range(vars(method), "rounds", "prompts_per_round", "group_size", low=1)
+    check_sampling(vars(method), above=True)
+    per_round = method.prompts_per_round * method.group_size
+    if 0 < training.max_samples < per_round:
+        raise ConfigError(
+            f"a budget of {training.max_samples} samples is less than one round of {method.name}, which samples "
+            f"{method.prompts_per_round} prompts {method.group_size} times: it must be at least {per_round}, or "
+            "prompts_per_round or group_size lower."
+        )
+
+
+def check_sampling(options: Mapping[str, Any], above: bool = False) -> None:
+    """Raise `ConfigError` where completions cannot be sampled so.
+
+    Args:
+        options: `max_new_tokens`, `temperature`, `top_k` and `top_p`, among others.
+        above: a temperature of 0 cannot be learned from.
+    """
+    check_range(options, "max_new_tokens", low=1)
+    check_range(options, "temperature", above=above)
+    check_range(options, "top_k")
+    check_range(options, "top_p", high=1, above=True)
 
 
 _NEEDS = {

@@ -63,7 +63,7 @@ def _find(path: str) -> Callable[..., Any]:
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigError(
                 f"python:{path}: there is no module '{error.name}' in {os.getcwd()} or among the installed packages."
@@ -96,7 +96,7 @@ class _Call:
                 )
         try:
             return self.function(**given)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self.failure(completion, f"raised {_said(error)}") from error
 
     def failure(self, completion: str, what: str) -> GuerdonError:
@@ -153,7 +153,7 @@ def _spelled(value: Any) -> str:
     return "None" if value is None else f"{type(value).__name__} {start(repr(value))}"
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """The exception on one line, with the place where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from guerdon.errors import ConfigError
+from guerdon.errors import ConfigError, GuerdonError
 from guerdon.feedback.writers import write_feedback
 from guerdon.language.sampling.base import Sampler, Sampling, completion_seeds
 from guerdon.language.templates import prompt_ids
@@ -60,10 +61,11 @@ def collect(
     out = Path(out)
     partial = out.with_name(out.name + ".partial.jsonl")
     identity = {"task": task.digest, "n": n, "seed": seed, "policy": policy, "sampling": asdict(sampling)}
-    rows = _resume(partial, json.loads(json.dumps(identity)))
+    with _kept(partial):
+        rows = _resume(partial, json.loads(json.dumps(identity)))
     resumed = len(rows)
     progress(min(resumed, prompts), prompts)
-    with partial.open("a", encoding="utf-8") as file:
+    with _kept(partial), partial.open("a", encoding="utf-8") as file:
         for first in range(resumed, prompts, PROMPTS_AT_ONCE):
             records = task.train[first : min(first + PROMPTS_AT_ONCE, prompts)]
             ids = [prompt_ids(record.prompt or "", tokenizer) for record in records]
@@ -89,6 +91,19 @@ def collect(
     write_feedback(out, rows)
     partial.unlink()
     return _summary(rows, min(resumed, prompts))
+
+
+@contextmanager
+def _kept(partial: Path) -> Iterator[None]:
+    """Whatever ends a collection that the user can mend is told with where the rows are that there are already."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, GuerdonError) as error:
+        what = f"{partial} cannot be written: {error.strerror}." if isinstance(error, OSError) else str(error)
+        there = f" What was collected is kept in {partial}: the same command goes on." if partial.exists() else ""
+        raise GuerdonError(what + there) from error
 
 
 def _answer(text: str) -> list[dict[str, str]]:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from guerdon.errors import ConfigError, near
+from guerdon.fields import check_range
+
+SAMPLERS = ("local", "vllm")
+
 
 @dataclass(kw_only=True)
 class Training:
@@ -38,3 +43,30 @@ class Training:
     patience: int = 0  # stop after this many evaluations without a better one; 0 never
     log_to: tuple[str, ...] = ()  # beside metrics.jsonl and tensorboard: wandb, mlflow, trackio
     threads: int = 0  # CPU threads; 0 leaves the default
+
+    def check(self) -> None:
+        """Raise `ConfigError` where a value cannot be meant, or two contradict each other; nothing is loaded for it."""
+        if (self.data is None) == (self.task is None):
+            found = "nothing to learn from is given" if self.data is None else "both data and task are given"
+            raise ConfigError(f"{found}: give either data or task (feedback, or prompts with a verifier).")
+        if self.task is None and self.verifier is not None:
+            raise ConfigError("a verifier judges answers to a task: give the file of prompts as task, not as data.")
+        if self.task is None and self.max_samples:
+            raise ConfigError("a budget of samples (max_samples) needs a task to sample from: with data count updates.")
+        if self.task is not None and self.eval_data is not None:
+            raise ConfigError("eval_data is feedback, and a task has held-out prompts of its own: leave eval_data out.")
+        if self.sampler not in SAMPLERS and not self.sampler.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"no sampler is called '{self.sampler}'.{near(self.sampler, SAMPLERS)} It is {', '.join(SAMPLERS)}, or "
+                "the address of an OpenAI-compatible server (http://...)."
+            )
+        if self.patience and not self.eval_every:
+            raise ConfigError("patience counts evaluations, and eval_every is 0, so that there is only the last one.")
+        if self.eval_every and self.task is None and not (self.holdout or self.eval_data):
+            raise ConfigError(
+                "eval_every is set, but nothing is held out to evaluate on: raise holdout or give eval_data."
+            )
+        check_range(vars(self), "max_tokens", "eval_items", "eval_samples", "eval_max_new_tokens", low=1)
+        check_range(vars(self), "holdout", high=1)
+        check_range(vars(self), "seed", "lora_rank", "max_updates", "max_samples", "eval_every", "eval_temperature")
+        check_range(vars(self), "checkpoint_every", "keep_checkpoints", "patience", "threads")

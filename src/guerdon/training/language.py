@@ -20,7 +20,7 @@ from guerdon.language.packing import Batch, pack
 from guerdon.language.policy import HEAD, Policy, annotate, cast, resolve_precision
 from guerdon.language.sampling.base import Completion, Sampling, completion_seeds
 from guerdon.language.store import load_groups, save_groups
-from guerdon.language.templates import RenderStats, prompt_ids, render_all, stop_ids
+from guerdon.language.templates import prompt_ids, render_all, render_each, stop_ids
 from guerdon.lazy import torch
 from guerdon.tasks import Task, load_task
 from guerdon.training.config import Training
@@ -63,22 +63,24 @@ class LanguageRun:
         policy: what is improved; `model` and `tokenizer` are its own.
         task: prompts with a verifier, or None where the run learns from a file of feedback.
         held_out: records that training never sees; evaluation uses them.
+        notes: what the user should know of the material: rows that were left out, completions that were cut.
+        feedback: its groups, where the run learns from a file.
         cursor: how far the run has come.
     """
 
     def __init__(self, method: LanguageMethod, config: Training, distribution: Distribution, directory: Path):
         from guerdon.language.forward import GroupModel, supports_groups
-        from guerdon.language.models import add_lora, load_model
+        from guerdon.language.models import add_lora, fingerprint, load_model
 
         self.method, self.config, self.distribution, self.directory = method, config, distribution, directory
         self.seed = config.seed
         self.cursor = Cursor()
-        self.rendering: RenderStats | None = None
-        self.task, self.records, self.held_out = material(config, method.check_feedback)
+        self.task, self.records, self.held_out, self.notes = material(config, method.check_feedback)
         torch.manual_seed(config.seed)
         self.load_start = lambda: load_model(config.model, seed=config.seed, texts=texts(self.records + self.held_out))
         model, self.tokenizer = self.load_start()
         self.precision = resolve_precision(config.precision, model)
+        self._start = fingerprint(model) if self.task is None and method.needs_reference() else ""
         if config.lora_rank:
             model = add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
         if config.gradient_checkpointing:
@@ -88,9 +90,9 @@ class LanguageRun:
         self.policy = Policy(self.model, self.tokenizer)
         self.optimizer = self._optimizer(self.model, method.lr)
         self.critic: Critic | None = None
+        self.feedback: list[Group] = self._feedback() if self.task is None else []
         self._reference: GroupModel | None = None
         self._round: tuple[list[Group], Metrics] | None = None
-        self._feedback: list[Group] | None = None
         self._last_batch: list[Group] = []
 
     def _optimizer(self, model: GroupModel, lr: float) -> MasterAdamW:
@@ -130,33 +132,39 @@ class LanguageRun:
         if self._round is None or self.cursor.update == 0:
             rng = np.random.default_rng([self.seed, index])
             if self.task is None:
-                groups, figures = self.feedback_groups(), Metrics()
+                groups, figures = self.feedback, Metrics()
             else:
                 groups, figures = self._sample_round(index, method)
             if method.needs_reference():
                 self.reference_logps(groups)
             credited = method.credit(groups, rng)
             if not credited and self.task is None:
+                source = self.config.data
                 raise DataError(
-                    f"{self.config.data}: {method.name} finds nothing to learn in it; see `guerdon inspect`"
+                    f"{source}: {method.name} finds nothing to learn in it; see `guerdon inspect {source}`."
                 )
             self._round = (credited, figures)
         return self._round
 
-    def feedback_groups(self) -> list[Group]:
-        """The feedback as groups of tokens, rendered once."""
-        if self._feedback is None:
-            self._feedback, self.rendering = self.render(self.records)
-        return self._feedback
+    def _feedback(self) -> list[Group]:
+        """The feedback as groups of tokens; the held-out share is rendered as well, to be refused now and not later."""
+        from guerdon.language.models import learned_positions
 
-    def render(self, records: Sequence[Record]) -> tuple[list[Group], RenderStats]:
-        return render_all(
-            records,
-            self.tokenizer,
-            max_length=self.method.max_length,
-            overlong=self.config.overlong,
-            skip_bad=self.config.skip_bad,
+        c, longest = self.config, self.method.max_length
+        groups, done = render_all(
+            self.records, self.tokenizer, max_length=longest, overlong=c.overlong, skip_bad=c.skip_bad
         )
+        if not groups:
+            raise DataError(f"{c.data}: nothing is left to learn from: {'; '.join(done.warnings())}.")
+        most = learned_positions(self.model.model)
+        for group in groups if most else ():
+            if (tokens := max(len(group.sequence(c)[0]) for c in range(len(group)))) > most:
+                where = group.columns["where"]
+                raise DataError(f"{where}: {tokens} tokens are more than the model reads: give --max-length {most}.")
+        self.notes += [f"{c.data}: {warning}" for warning in done.warnings()]
+        judged = self.held_out[: c.eval_items]
+        render_each(judged, self.tokenizer, max_length=longest, overlong=c.overlong, skip_bad=c.skip_bad)
+        return groups
 
     def _sample_round(self, index: int, method: LanguageMethod) -> tuple[list[Group], Metrics]:
         assert self.task is not None
@@ -229,7 +237,7 @@ class LanguageRun:
 
     @property
     def reference(self) -> GroupModel:
-        """The starting policy, frozen; with LoRA it is the policy without its adapter and never asked for here."""
+        """The starting policy, frozen. With LoRA it is the policy without its adapter and never asked for here."""
         if self._reference is None:
             from guerdon.language.forward import GroupModel
 
@@ -245,12 +253,12 @@ class LanguageRun:
             self.start_logps(groups, "ref_logps")
             return
         cache = self._reference_cache(groups)
-        if not cache.exists():
+        if all(self.distribution.gather_objects([cache.exists()])):
+            _load_token_values(cache, groups, "ref_logps")
+        else:
             self.start_logps(groups, "ref_logps")
             if self.distribution.is_main:
                 _save_token_values(cache, groups, "ref_logps")
-        else:
-            _load_token_values(cache, groups, "ref_logps")
 
     def start_logps(self, groups: Sequence[Group], name: str) -> None:
         """Store the log-probs of the policy that the run started from in the groups' segments as `name`."""
@@ -262,13 +270,14 @@ class LanguageRun:
                 use(self.model)
         else:
             use(self.reference)
+            if self.task is None:
+                self._reference = None  # not needed again before an evaluation
 
     def _reference_cache(self, groups: Sequence[Group]) -> Path:
-        from guerdon.language.models import cache_directory, fingerprint
+        from guerdon.language.models import cache_directory
 
         key = hashlib.blake2b(digest_size=16)
-        key.update(fingerprint(self.reference.model if not self.config.lora_rank else self.model.model).encode())
-        key.update(f"{self.precision} {self.method.temperature} {self.model.padded}".encode())
+        key.update(f"{self._start} {self.precision} {self.method.temperature} {self.model.padded}".encode())
         for group in groups:
             for s in group.segments:
                 key.update(s.tokens.tobytes() + s.learn.tobytes() + bytes(str(s.parent), "ascii"))
@@ -453,8 +462,8 @@ class LanguageRun:
 
 def material(
     config: Training, check: Callable[[Feedback], None] = lambda feedback: None
-) -> tuple[Task | None, list[Record], list[Record]]:
-    """The task (or None), the records to learn from, and the held-out ones that no run ever trains on.
+) -> tuple[Task | None, list[Record], list[Record], list[str]]:
+    """The task (or None), records to learn from, held-out ones that no run ever trains on, and what to tell the user.
 
     What is held out depends on the task or data alone, not on the seed: runs are judged on the same items.
 
@@ -463,13 +472,20 @@ def material(
     """
     if config.task is not None:
         task = load_task(config.task, verifier=config.verifier)
-        return task, task.train, task.test
+        return task, task.train, task.test, list(task.notes)
     feedback = read_feedback(str(config.data), skip_bad=config.skip_bad)
     check(feedback)
+    train, held_out = feedback.split(0.0 if config.eval_data else config.holdout)
     if config.eval_data:
-        return None, feedback.records, read_feedback(config.eval_data, skip_bad=config.skip_bad).records
-    train, held_out = feedback.split(config.holdout)
-    return None, train.records, held_out.records
+        held_out = read_feedback(config.eval_data, skip_bad=config.skip_bad)
+        if not all(record.completions for record in held_out.records):
+            raise DataError(f"{config.eval_data}: holds {held_out.kind}, and answers are what a policy is judged by.")
+    notes = [
+        f"{source.source}: {len(source.bad)} rows cannot be read and are left out; the first: {source.bad[0]}."
+        for source in (feedback, held_out)
+        if source.bad
+    ]
+    return None, train.records, held_out.records, notes
 
 
 class Critic:

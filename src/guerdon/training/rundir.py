@@ -32,6 +32,7 @@ from guerdon import __version__
 from guerdon.errors import ConfigError, GuerdonError
 
 State = Literal["running", "done", "stopped", "failed"]
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, beyond the largest size of a file
 
 
 class RunDir:
@@ -81,9 +82,25 @@ class RunDir:
     def open(cls, path: str | Path) -> RunDir:
         """A run that exists; `ConfigError` where there is none."""
         run = cls(path)
-        if not run._file("config.json").is_file():
-            raise ConfigError(f"{path} holds no run: there is no {run._file('config.json')}.")
+        file = run._file("config.json")
+        if not file.is_file():
+            raise ConfigError(f"{path} holds no run: there is no {file}.")
+        if not cls.is_at(path):
+            raise ConfigError(f"{path} holds no run: {file} was not written by `guerdon train`.")
         return run
+
+    @classmethod
+    def is_at(cls, path: str | Path) -> bool:
+        """Whether a directory holds a run; a model's directory has a config.json as well, with other content."""
+        file = cls(path)._file("config.json")
+        return file.is_file() and {"method", "options", "training"} <= set(_read_json(file))
+
+    def remove(self) -> None:
+        """Delete a run that has not begun, so that its directory can be used again."""
+        for path in self.path.iterdir():
+            path.unlink()
+        with suppress(OSError):  # the working directory, say
+            self.path.rmdir()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -99,7 +116,7 @@ class RunDir:
 
     def set_status(self, state: State, **facts: Any) -> None:
         """Write the state and facts about it, such as `error=...`."""
-        with self._told_when_full(self._file("status.json")):
+        with self.told_when_full(self._file("status.json")):
             _write_json(self._file("status.json"), {"state": state, **facts})
 
     @property
@@ -135,7 +152,7 @@ class RunDir:
         row = {**last, **metrics} if step == last_step else {"step": step, **metrics}
         line = (json.dumps({k: _plain(v) for k, v in row.items()}, allow_nan=False) + "\n").encode()
         file = self._file("metrics.jsonl")
-        with self._told_when_full(file):
+        with self.told_when_full(file):
             if step == last_step:
                 before = file.read_bytes()[:offset]
                 self._close_metrics()
@@ -223,7 +240,7 @@ class RunDir:
         except BaseException as error:
             written = _size(partial)
             shutil.rmtree(partial, ignore_errors=True)
-            if _disk_full(error):
+            if disk_full(error):
                 before = self.latest_checkpoint()
                 needed = max(written, _size(before) if before else 0)
                 free = shutil.disk_usage(self.path).free
@@ -238,14 +255,15 @@ class RunDir:
         _sync(target.parent)
 
     @contextmanager
-    def _told_when_full(self, file: Path) -> Iterator[None]:
+    def told_when_full(self, path: Path) -> Iterator[None]:
+        """Turn the errors of a full disk into a `GuerdonError` that says how to go on."""
         try:
             yield
-        except OSError as error:
-            if not _disk_full(error):
+        except Exception as error:
+            if not disk_full(error):
                 raise
             raise GuerdonError(
-                f"the disk is full: {file} could not be written. Free some space, then `guerdon resume {self.path}`."
+                f"the disk is full: {path} could not be written. Free some space, then `guerdon resume {self.path}`."
             ) from error
 
     def _file(self, name: str) -> Path:
@@ -258,11 +276,11 @@ def _plain(value: float) -> float | str:
     return value
 
 
-def _disk_full(error: BaseException) -> bool:
+def disk_full(error: BaseException) -> bool:
     """Whether an error, from Python or from safetensors (which passes on the text alone), means a full disk."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return type(error).__name__ == "SafetensorError" and f"(os error {errno.ENOSPC})" in str(error)
+        return error.errno in _FULL
+    return type(error).__name__ == "SafetensorError" and any(f"(os error {code})" in str(error) for code in _FULL)
 
 
 def _size(directory: Path) -> int:
@@ -290,9 +308,12 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} cannot be read: it holds no JSON object.")
+    return content
 
 
 def _environment() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
-from guerdon.errors import GuerdonError
+from guerdon.errors import GuerdonError, InvariantError
 from guerdon.lazy import torch
 from guerdon.training.config import Training
 from guerdon.training.distributed import Distribution
@@ -121,9 +121,11 @@ def run_loop(
                 raise Stopped(
                     f"stopped within a step. `guerdon resume {rundir.path}` goes on from the last checkpoint."
                 ) from None
-            raise
+            with rundir.told_when_full(rundir.path):
+                raise
         finally:
-            loop.close()
+            with rundir.told_when_full(rundir.path):
+                loop.close()
     return next(reversed(rundir.metrics()), {})
 
 
@@ -167,9 +169,9 @@ class _Loop:
                     self._checkpoint()
                 if stop:
                     raise Stopped(f"stopped at step {step}. `guerdon resume {self.rundir.path}` goes on from there.")
+            self._checkpoint()  # first, so that an evaluation that fails or is killed loses nothing
             if self.evaluated != run.cursor.step:
                 self._evaluate()
-        self._checkpoint()
         if self.main:
             self.rundir.write_directory(self.rundir.path / "policy", run.export)
             self.rundir.set_status("done")
@@ -219,7 +221,8 @@ class _Loop:
         cursor = self.run.cursor
         start, step, tokens = time.perf_counter(), cursor.step, cursor.tokens
         try:
-            yielded = next(steps, None)
+            with self._mendable():
+                yielded = next(steps, None)
         except BudgetSpent:
             return None
         except NonFiniteError as error:
@@ -250,6 +253,17 @@ class _Loop:
             "--lr or with --precision fp32."
         ) from cause
 
+    @contextmanager
+    def _mendable(self) -> Iterator[None]:
+        """What the user can mend while the run waits (a reward function that fails) is told with how to go on."""
+        try:
+            yield
+        except (InvariantError, NonFiniteError):
+            raise
+        except GuerdonError as error:
+            again = f"`guerdon resume {self.rundir.path}` goes on from the last checkpoint."
+            raise type(error)(f"{str(error).rstrip('.')}. When that is mended, {again}") from error
+
     def _record(self, metrics: Mapping[str, float]) -> None:
         if self.main:
             step = self.run.cursor.step
@@ -262,7 +276,8 @@ class _Loop:
         if self.evaluate is None:
             return
         state, start = rng_state(), time.perf_counter()
-        metrics = {name: _number(value) for name, value in self.evaluate(self.run).items()}
+        with self._mendable():
+            metrics = {name: _number(value) for name, value in self.evaluate(self.run).items()}
         set_rng_state(state)
         self.evaluated = self.run.cursor.step
         if self.config.patience:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from guerdon.errors import ConfigError
+from guerdon.fields import check_range
 from guerdon.methods.base import LanguageMethod, Metrics, method
 from guerdon.methods.policy_gradient import (
     Aggregate,
@@ -71,6 +72,7 @@ class GRPO(LanguageMethod):
         if self.group_size < 2:
             raise ConfigError(f"group_size={self.group_size}: completions are compared within a group; use at least 2")
         check_clipping(self.clip_low, self.clip_high)
+        check_range(vars(self), "kl_coef", "entropy_coef", "advantage_eps")
         if not 0 < self.truncated_buffer <= 1:
             raise ConfigError(f"truncated_buffer={self.truncated_buffer} of max_new_tokens: use 0 < share <= 1")
 

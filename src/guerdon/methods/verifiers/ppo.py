@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from guerdon.errors import ConfigError
+from guerdon.fields import check_range
 from guerdon.lazy import torch
 from guerdon.methods.base import LanguageMethod, Metrics, method
 from guerdon.methods.policy_gradient import (
@@ -69,6 +70,8 @@ class PPO(LanguageMethod):
 
     def check(self) -> None:
         check_clipping(self.clip_low, self.clip_high)
+        check_range(vars(self), "kl_coef", "no_eos_penalty", "value_coef", "value_lr")
+        check_range(vars(self), "value_clip", above=True)
         if not (0 < self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
             raise ConfigError(f"gamma={self.gamma}, gae_lambda={self.gae_lambda}: use shares, gamma above 0")
 

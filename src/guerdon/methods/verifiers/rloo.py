@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from guerdon.errors import ConfigError
+from guerdon.fields import check_range
 from guerdon.methods.base import LanguageMethod, Metrics, method
 from guerdon.methods.policy_gradient import (
     check_clipping,
@@ -57,6 +58,7 @@ class RLOO(LanguageMethod):
         if self.group_size < 2:
             raise ConfigError(f"group_size={self.group_size}: the baseline is the mean of the others; use at least 2")
         check_clipping(self.clip_low, self.clip_high)
+        check_range(vars(self), "kl_coef")
 
     def needs_reference(self) -> bool:
         return self.kl_coef != 0

@@ -120,9 +120,9 @@ def alternate(sides: Mapping[str, Side], repeats: int) -> dict[str, list[Step]]:
     return steps
 
 
-def ratio(peer: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+def ratio(peer: Sequence[Step], ours: Sequence[Step], clock: str) -> dict[str, float]:
     """Median of peer / ours over pairs of neighbouring steps, with its bootstrap 95% interval over the pairs."""
-    pairs = np.asarray(peer) / np.asarray(ours)
+    pairs = np.array([getattr(p, clock) / getattr(o, clock) for p, o in zip(peer, ours, strict=True)])
     drawn = np.random.default_rng(0).choice(pairs, (10_000, len(pairs)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
     return {"median": float(np.median(pairs)), "low": float(low), "high": float(high)}
@@ -337,7 +337,10 @@ def compare_updates(
 
 
 def compare(sides: Mapping[str, tuple[Any, ...]], bar: float | None, threads: int, repeats: int) -> dict[str, Any]:
-    """Steps of all sides in turn, and the ratio of each peer to "ours"; time is CPU time where threads do not wait.
+    """Steps of all sides in turn, and the ratio of each peer to "ours".
+
+    What is shown is CPU time on one thread, since others may use the machine, and the clock's on several, which wait
+    for each other.
 
     Args:
         sides: by name, what `Side` builds: a function and its arguments.
@@ -345,13 +348,14 @@ def compare(sides: Mapping[str, tuple[Any, ...]], bar: float | None, threads: in
     """
     with ExitStack() as stack:
         steps = alternate({name: stack.enter_context(Side(threads, *what)) for name, what in sides.items()}, repeats)
+    peers = [name for name in steps if name != "ours"]
+    found = {name: summary(taken) for name, taken in steps.items()}
     clock = "cpu" if threads == 1 else "wall"
-    seconds = {name: [getattr(s, clock) for s in taken] for name, taken in steps.items()}
     return {
-        "steps": {name: summary(taken) for name, taken in steps.items()},
+        "steps": found,
         "clock": clock,
-        "ratio": {name: ratio(seconds[name], seconds["ours"]) for name in steps if name != "ours"},
-        "best_peer": min((name for name in steps if name != "ours"), key=lambda name: np.median(seconds[name])),
+        "ratio": {name: {c: ratio(steps[name], steps["ours"], c) for c in ("cpu", "wall")} for name in peers},
+        "best_peer": min(peers, key=lambda name: found[name][clock]["median"]),
         "bar": bar,
     }
 
@@ -383,9 +387,12 @@ def show(name: str, found: Mapping[str, Any]) -> None:
     print(f"{name}: the best peer is '{found['best_peer']}', the bar {found['bar']}x", end="")
     print(f", {found['fraction_of_peak']:.0%} of matmul peak" if "fraction_of_peak" in found else "")
     for side, steps in found["steps"].items():
-        s, r = steps[clock], found["ratio"].get(side)
+        s = steps[clock]
         row = f"  {side:18} {s['median']:7.2f} s {clock} [{s['min']:.2f}, {s['max']:.2f}]  {steps['peak_gib']:.1f} GiB"
-        print(row + (f"  {r['median']:.2f}x [{r['low']:.2f}, {r['high']:.2f}]" if r else ""), flush=True)
+        if side in found["ratio"]:
+            r = found["ratio"][side][clock]
+            row += f"  {r['median']:.2f}x [{r['low']:.2f}, {r['high']:.2f}]"
+        print(row, flush=True)
 
 
 def save(name: str, threads: int, found: Any) -> None:

@@ -62,7 +62,8 @@ def main() -> None:
             **{f"trl {setting}": (bench.trl, setting, *args) for setting in ("autocast", "bf16 weights", "default")},
         }
         found[name] = {side: steady_peak(options.threads, *what) for side, what in sides.items()}
-        print(f"{name} update:", ", ".join(f"{side} {b / 2**30:.2f} GiB" for side, b in found[name].items()), flush=True)
+        shown = ", ".join(f"{side} {peak / 2**30:.2f} GiB" for side, peak in found[name].items())
+        print(f"{name} update: {shown}", flush=True)
     found["vocabulary"] = {}
     for size in VOCABULARIES:
         peak, state = steady_peak(options.threads, other_vocabulary, size), STATE_BYTES * parameters(size)

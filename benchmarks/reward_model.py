@@ -10,11 +10,12 @@ import numpy as np
 from benchmarks import common
 
 PAIRS = 4
-BARS = {(256, 64): 2.0, (32, 128): None}  # by tokens of (prompt, completion)
+SHAPE = (256, 64)  # tokens of prompt and completion
+BAR = 2.0
 
 
-def reference_groups(tokenizer: Any, shape: tuple[int, int]) -> list[Any]:
-    found = common.text_groups(tokenizer, PAIRS, 2, shape)
+def reference_groups(tokenizer: Any) -> list[Any]:
+    found = common.text_groups(tokenizer, PAIRS, 2, SHAPE)
     for group in found:
         group.pairs, group.values["score"] = [(0, 1)], np.array([1, 0], np.float32)
     return found
@@ -27,19 +28,19 @@ def head(width: int) -> Any:
     return torch.randn(1, width, generator=torch.Generator().manual_seed(0)) / width**0.5
 
 
-def ours(precision: str, shape: tuple[int, int]) -> Callable[[], Any]:
+def ours(precision: str) -> Callable[[], Any]:
     from guerdon.methods.reward_models.bradley_terry import RewardModel
 
     def groups(run: Any) -> list[Any]:
         weight = run.model.head.weight
         run.optimizer.masters[run.optimizer.names.index("head.weight")].data.copy_(head(weight.shape[1]))
         weight.data.copy_(head(weight.shape[1]))
-        return reference_groups(run.tokenizer, shape)
+        return reference_groups(run.tokenizer)
 
     return common.our_step(RewardModel(**common.OUR_OPTIMIZER), groups, precision)
 
 
-def trl(setting: str, shape: tuple[int, int]) -> Callable[[], Any]:
+def trl(setting: str) -> Callable[[], Any]:
     common.quiet()
     import torch
     from datasets import Dataset
@@ -61,7 +62,7 @@ def trl(setting: str, shape: tuple[int, int]) -> Callable[[], Any]:
         processing_class=tokenizer,
     )
     rows = []
-    for group in reference_groups(tokenizer, shape):
+    for group in reference_groups(tokenizer):
         chosen, rejected = (group.sequence(c)[0].tolist() for c in (0, 1))
         rows.append({"chosen_ids": chosen, "rejected_ids": rejected})
     return common.trl_step(trainer, trainer.data_collator(rows))
@@ -72,13 +73,10 @@ def main() -> None:
     from guerdon.language.models import load_model
 
     model, tokenizer = load_model(common.MODEL)
-    found = {}
-    for shape, bar in BARS.items():
-        flops = common.useful_flops(reference_groups(tokenizer, shape), model.config, logits=False)
-        row = common.compare_updates(ours, trl, shape, flops=flops, bar=bar, **vars(options))
-        common.show(name := f"reward model {shape[0]}/{shape[1]}", row)
-        found[name] = row
-    common.save("reward_model", options.threads, found)
+    flops = common.useful_flops(reference_groups(tokenizer), model.config, logits=False)
+    row = common.compare_updates(ours, trl, flops=flops, bar=BAR, **vars(options))
+    common.show(name := f"reward model {SHAPE[0]}/{SHAPE[1]}", row)
+    common.save("reward_model", options.threads, {name: row})
 
 
 if __name__ == "__main__":

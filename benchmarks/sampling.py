@@ -7,7 +7,6 @@ fp32 is greedy: all tokens must be the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from benchmarks import common
 
@@ -65,17 +64,16 @@ def transformers(precision: str, cache: str, temperature: float = 1.0) -> Callab
 
 def main() -> None:
     options = common.arguments(__doc__ or "")
-    with (
-        common.Side(options.threads, ours, "fp32", 0.0) as a,
-        common.Side(options.threads, transformers, "fp32", "dynamic", 0.0) as b,
-    ):
-        if a.step().result != b.step().result:
-            raise SystemExit("greedy tokens in fp32 are not the same")
+    greedy = []
+    for what in ((ours, "fp32", 0.0), (transformers, "fp32", "dynamic", 0.0)):
+        with common.Side(options.threads, *what) as side:
+            greedy.append(side.step().result)
+    if greedy[0] != greedy[1]:
+        raise SystemExit("greedy tokens in fp32 are not the same")
     found = {}
     for precision in ("bf16", "fp32"):
-        sides: dict[str, tuple[Any, ...]] = {"ours": (ours, precision)}
-        sides |= {f"generate {cache}": (transformers, precision, cache) for cache in ("dynamic", "static")}
-        row = common.compare(sides, BAR, options.threads, options.repeats)
+        peers = {f"generate {cache}": (transformers, precision, cache) for cache in ("dynamic", "static")}
+        row = common.compare((ours, precision), peers, BAR, **vars(options))
         row["new_tokens_per_s"] = {
             name: PROMPTS * N * NEW / steps[row["clock"]]["median"] for name, steps in row["steps"].items()
         }

@@ -2,7 +2,7 @@
 
     python recipes/make_arithmetic.py [DIRECTORY]
 
-`demonstrations.jsonl` holds 5000 worked sums, of which a quarter end in a wrong result, and 15 % do not end at all: they
+`demonstrations.jsonl` holds 5000 worked sums. A quarter of them end in a wrong result, and 15 % do not end at all: they
 repeat the result until they are cut, so that no end of sequence is learned from them. `prompts.jsonl` holds the other
 3100 sums with their answers, to be verified; no prompt is in both.
 """

@@ -530,6 +530,12 @@ def test_ctrl_c_then_a_full_disk_then_the_end(capsys):
     assert (Path("run") / "policy" / "config.json").exists()
 
 
+def test_a_cache_that_cannot_be_written_only_costs_time(monkeypatch, capsys):
+    monkeypatch.setenv("GUERDON_CACHE", "/proc/cache")
+    assert main(DPO) == 0
+    assert all(line.startswith("step ") for line in capsys.readouterr().err.splitlines())
+
+
 @pytest.mark.slow
 def test_a_comparison_goes_on_after_kill_9(capsys):
     Path("sft.yaml").write_text("method: sft\noptions: {epochs: 1000, batch_size: 8}\n")

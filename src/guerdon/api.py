@@ -231,12 +231,10 @@ def train_chain(recipe: str | Path, *, progress: Progress | None = None, **train
 
 def resume(run: str | Path, *, progress: Progress | None = None) -> RunDir:
     """Go on with an interrupted run, or with a chain of them, exactly where its last checkpoint stands."""
-    if (Path(run) / "chain.json").is_file():
-        from guerdon.chains import resume
-    else:
-        from guerdon.runs import resume
+    from guerdon import chains, runs
 
-    return resume(run, progress)
+    go_on = chains.resume if (Path(run) / chains.CHAIN).is_file() else runs.resume
+    return go_on(run, progress)
 
 
 def evaluate(policy: str | Path, *, max_length: int = 2048, **training: Any) -> Evaluation:

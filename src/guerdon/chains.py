@@ -36,8 +36,8 @@ from guerdon.errors import ConfigError, GuerdonError, near
 from guerdon.feedback.readers import Feedback
 from guerdon.feedback.records import Record
 from guerdon.feedback.writers import write_feedback
-from guerdon.fields import build, checked
-from guerdon.methods.base import LanguageMethod, get_method
+from guerdon.fields import build, check_range, checked
+from guerdon.methods.base import LanguageMethod, check_sampling, get_method
 from guerdon.recipes import read_mapping
 from guerdon.training.config import Training
 from guerdon.training.progress import Progress, Silent
@@ -172,7 +172,11 @@ def _stage(
     config = build(Training, training, "training")
     if config.task is None or config.data is not None:
         raise ConfigError("training: collect answers the prompts of a task: give a task, and no data.")
-    return Stage(said["name"], build(Collect, options, f"options of {name}"), config)
+    config.check()
+    work = build(Collect, options, f"options of {name}")
+    check_sampling(vars(work))
+    check_range(vars(work), "n", "prompts", low=1)
+    return Stage(said["name"], work, config)
 
 
 def _filled(values: Mapping[str, Any], before: Sequence[Stage]) -> dict[str, Any]:
@@ -222,7 +226,7 @@ def start(recipe: str | Path, given: Mapping[str, Any], progress: Progress | Non
     stages = plan(said, out, where)
     said = json.loads(json.dumps(said))  # as it is read again
     _check_out(said, out, where)
-    _check_sources(stages)
+    _check_sources(stages, where)
     if Distribution.start().is_main and not (out / CHAIN).exists():
         _write(said, out)
     return _go(stages, out, progress or Silent())
@@ -232,7 +236,7 @@ def resume(out: str | Path, progress: Progress | None = None) -> RunDir:
     """Go on with the chain that was begun in `out`; see `start`."""
     said = json.loads((Path(out) / CHAIN).read_text(encoding="utf-8"))
     stages = plan(said, out, f"{out}/{CHAIN}")
-    _check_sources(stages)
+    _check_sources(stages, f"{out}/{CHAIN}")
     return _go(stages, Path(out), progress or Silent())
 
 
@@ -296,14 +300,14 @@ def _train(stage: Stage, method: LanguageMethod, distribution: Distribution, pro
         runs.start(method, stage.training, progress)
 
 
-def _check_sources(stages: Sequence[Stage]) -> None:
+def _check_sources(stages: Sequence[Stage], where: str) -> None:
     """Read the data and the tasks of all stages that are not done, while no model has been loaded yet."""
     from guerdon.language.models import check_name
 
     made = {str(stage.result) for stage in stages}
     for stage in stages:
         if not stage.done:
-            with _named(f"stage '{stage.name}'"):
+            with _named(f"{where}, stage '{stage.name}'"):
                 if stage.training.model not in made:
                     check_name(stage.training.model)
                 _check_source(stage, made)
@@ -316,7 +320,7 @@ def _check_source(stage: Stage, made: set[str]) -> None:
     work, config = stage.work, stage.training
     if isinstance(work, Collect):
         prompts = len(load_task(str(config.task), verifier=config.verifier).train)
-        if not 1 <= work.prompts <= prompts:
+        if work.prompts > prompts:
             raise ConfigError(f"'prompts' is {work.prompts}, and {config.task} has {prompts} to train on.")
     elif config.data in made:
         rated = Record("", ["", ""], [1.0, 0.0])
@@ -342,16 +346,11 @@ def _collect(stage: Stage, work: Collect, progress: Progress) -> None:
                 str(config.task),
                 model=model,
                 out=part,
-                n=work.n,
-                prompts=work.prompts,
                 verifier=config.verifier,
-                max_new_tokens=work.max_new_tokens,
-                temperature=work.temperature,
-                top_k=work.top_k,
-                top_p=work.top_p,
                 sampler=config.sampler,
                 seed=config.seed,
                 progress=lambda done, total: progress.note(f"{done} of {total} prompts"),
+                **{name: value for name, value in vars(work).items() if name not in ("models", "judge")},
             )
         parts.append([json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()])
     rows = [_joined(answers) for answers in zip(*parts, strict=True)]

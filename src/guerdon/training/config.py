@@ -22,7 +22,7 @@ class Training:
     verifier: str | None = None  # for a prompt file: exact, regex, math, or python:module.function
     out: str = "run"  # run directory
     seed: int = 0  # of data order, sampling and initialisation
-    holdout: float = 0.1  # share of the prompts of `data` that is held out
+    holdout: float = 0.1  # share of the prompts of `data` that is held out; 0 learns from all, evaluates nothing
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matmuls; master weights and log-sum-exp stay fp32
     max_tokens: int = 4096  # unique tokens in one forward pass: bounds the memory, never changes a result
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third slower

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,11 +164,8 @@ class LanguageRun:
         )
         if not groups:
             raise DataError(f"{c.data}: nothing is left to learn from: {'; '.join(done.warnings())}.")
-        most = learned_positions(self.model.model)
-        for group in groups if most else ():
-            if (tokens := max(len(group.sequence(c)[0]) for c in range(len(group)))) > most:
-                where = group.columns["where"]
-                raise DataError(f"{where}: {tokens} tokens are more than the model reads: give --max-length {most}.")
+        if (most := learned_positions(self.model.model)) is not None:
+            _check_lengths(groups, most)
         self.notes += [f"{c.data}: {warning}" for warning in done.warnings()]
         judged = self.held_out[: c.eval_items]
         render_each(judged, self.tokenizer, max_length=longest, overlong=c.overlong, skip_bad=c.skip_bad)
@@ -550,14 +548,27 @@ def _endless(n: int, seed: int, start: int, count: int) -> Iterator[int]:
         yield int(np.random.default_rng([seed, epoch]).permutation(n)[offset])
 
 
+def _check_lengths(groups: Sequence[Group], most: int) -> None:
+    for group in groups:
+        tokens = max(len(group.sequence(completion)[0]) for completion in range(len(group)))
+        if tokens > most:
+            where = group.columns["where"]
+            raise DataError(f"{where}: {tokens} tokens are more than the model reads: give --max-length {most}.")
+
+
 def _save_token_values(path: Path, groups: Sequence[Group], name: str) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     values = [s.values[name] for g in groups for s in g.segments if s.learn.any()]
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({name: np.concatenate(values)}, partial)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: np.concatenate(values)}, partial)
+        partial.replace(path)
+    except (OSError, SafetensorError):  # a cache that cannot be written only costs time
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _load_token_values(path: Path, groups: Sequence[Group], name: str) -> None:

@@ -22,6 +22,8 @@ from guerdon import cli
 from guerdon.chains import Collect, plan, read_chain
 from guerdon.errors import ConfigError, GuerdonError
 from guerdon.feedback.readers import read_feedback
+from guerdon.feedback.records import Record
+from guerdon.rewards.verifiers import get_verifier
 from guerdon.training.progress import Silent
 from guerdon.training.rundir import RunDir
 
@@ -360,3 +362,34 @@ def test_recipes_that_come_with_guerdon_can_be_planned(path: Path) -> None:
         return
     stages = plan({**read_chain(path), "given": {}}, "out", str(path))
     assert [stage.work.name for stage in stages if not isinstance(stage.work, Collect)][-1] == "ppo"
+
+
+def test_the_verifier_of_the_tulu3_recipe_reads_each_dataset_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    verifier = get_verifier("python:recipes.tulu3.verify")
+    assert verifier.binary
+    for dataset, answer, right, wrong in [
+        ("gsm8k", "-5", "10 less 15 is -5", "the result is 5"),
+        ("math", "\\frac{1}{2}", "so it is \\boxed{0.5}", "so it is \\boxed{2}"),
+    ]:
+        record = Record("What is it?", [], columns={"answer": answer, "dataset": dataset})
+        assert verifier(record, [right, wrong]).value.tolist() == [1.0, 0.0]
+
+
+def test_the_laptop_recipe_learns_from_sums_of_which_some_are_wrong_or_endless(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, str(ROOT / "recipes/make_arithmetic.py"), str(tmp_path)], check=True)
+    demonstrations, prompts = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("demonstrations", "prompts")
+    )
+    assert (len(demonstrations), len(prompts)) == (5000, 3100)
+    assert not {row["prompt"] for row in demonstrations} & {row["prompt"] for row in prompts}
+    results = [row["completion"].split()[2] for row in demonstrations]
+    right = [
+        eval(row["prompt"].rstrip("=")) == int(result) for row, result in zip(demonstrations, results, strict=True)
+    ]
+    assert np.mean(right) == pytest.approx(0.75, abs=0.02)
+    lengths = [len(row["prompt"] + row["completion"]) for row in demonstrations]
+    assert np.mean([length >= 40 for length in lengths]) == pytest.approx(0.15, abs=0.02)
+    assert max(length for length in lengths if length < 40) <= 32
+    assert all(eval(row["prompt"].rstrip("=")) == int(row["answer"]) for row in prompts)

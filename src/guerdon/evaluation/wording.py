@@ -60,10 +60,9 @@ def tables(comparison: Comparison) -> list[Table]:
     scores = Table(title=f"{label} on held-out items, with 95% intervals")
     for name in ("method", "seeds", label, "IQM", "behind the best", "P(best is better)"):
         scores.add_column(name, justify="left" if name == "method" else "right")
-    rest = Table(title="means and cost of a trial")
-    others = [name for name in shared_metrics(comparison) if name != comparison.primary]
-    for name in ("method", *others, "tokens", "samples", "wall", "CPU", "memory"):
-        rest.add_column(kind_of(name).label, justify="left" if name == "method" else "right")
+    costs = ("tokens", "samples", "wall", "CPU", "memory")
+    details: dict[str, list[str]] = {name: [] for name in (*shared_metrics(comparison), *costs)}
+    rest = Table("", title="means and cost of a trial")
     for row in comparison.rows:
         total = len(row.seeds) + len(row.failed) + len(row.waiting)
         count = str(len(row.seeds)) if len(row.seeds) == total else f"{len(row.seeds)} of {total}"
@@ -80,8 +79,12 @@ def tables(comparison: Comparison) -> list[Table]:
             "" if against is None else interval_text(against.difference) + ("" if against.distinguishable else " (?)"),
             "" if against is None else interval_text(against.above),
         )
-        values = (number_text(row.metrics[n].value) if n in row.metrics else "" for n in others)
-        rest.add_row(escape(name), *values, *cost_texts(row.cost))
+        rest.add_column(escape(name), justify="right")
+        values = [number_text(row.metrics[n].value) if n in row.metrics else "" for n in shared_metrics(comparison)]
+        for cells, value in zip(details.values(), [*values, *cost_texts(row.cost)], strict=True):
+            cells.append(value)
+    for name, cells in details.items():
+        rest.add_row(kind_of(name).label, *cells)
     if any(not against.distinguishable for against in comparison.pairs.values()):
         scores.caption = "(?) cannot be told from the best at this budget"
     return [scores, rest]

@@ -254,7 +254,8 @@ def _train_chain(path: str, argv: list[str]) -> None:
     from guerdon.training.progress import Terminal
 
     with _resumable(parsed.training.out):
-        print(train_chain(path, progress=Terminal(), **_said(parsed.training, argv)).path.parent)
+        train_chain(path, progress=Terminal(), **_said(parsed.training, argv))
+    print(parsed.training.out)
 
 
 def _flags(cls: type[Method], recipe: Recipe | None, argv: list[str]) -> tuple[Method, dict[str, Any]]:

@@ -178,15 +178,15 @@ def our_step(method: Any, groups: Callable[[Any], list[Any]], precision: str, **
 
     Args:
         groups: makes the credited groups of a batch from the run.
-        options: of `guerdon.training.config.Training`.
+        options: of `guerdon.training.config.LanguageTraining`.
     """
     import tempfile
 
-    from guerdon.training.config import Training
+    from guerdon.training.config import LanguageTraining
     from guerdon.training.distributed import Distribution
     from guerdon.training.language import LanguageRun
 
-    config = Training(
+    config = LanguageTraining(
         **{"model": MODEL, "task": "reasoning-gym:chain_sum", "precision": precision, **options}  # type: ignore[arg-type]
     )
     run = LanguageRun(method, config, Distribution(), Path(tempfile.mkdtemp()))

@@ -15,7 +15,7 @@ from guerdon.errors import ConfigError
 from guerdon.exporting import TRL, export
 from guerdon.feedback.readers import read_feedback
 from guerdon.methods.base import get_method
-from guerdon.training.config import Training
+from guerdon.training.config import LanguageTraining
 from guerdon.training.rundir import RunDir
 
 GYM = "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1"
@@ -27,7 +27,7 @@ def run(tmp_path: Path):
 
     def make(name: str, options: dict[str, Any] | None = None, **training: Any) -> Path:
         method = get_method(name)(**(options or {}))
-        config = Training(model="smollm2-135m", out=str(tmp_path / "run"), **training)
+        config = LanguageTraining(model="smollm2-135m", out=str(tmp_path / "run"), **training)
         RunDir.create(config.out, name, method.options(), vars(config))
         return Path(config.out)
 
@@ -173,7 +173,7 @@ def test_what_trl_lacks_is_refused(name, options, training, message, run, tmp_pa
 
 
 def test_models_that_trl_cannot_load(tmp_path):
-    config = Training(model="tiny:layers=1", data="d", out=str(tmp_path / "run"))
+    config = LanguageTraining(model="tiny:layers=1", data="d", out=str(tmp_path / "run"))
     RunDir.create(config.out, "dpo", get_method("dpo")().options(), vars(config))
     with pytest.raises(ConfigError, match="TRL cannot load 'tiny:layers=1'"):
         export(config.out, out=tmp_path / "out")

@@ -14,7 +14,6 @@ from guerdon.feedback.records import Record, texts
 from guerdon.feedback.writers import check_target, write_feedback
 from guerdon.fields import build, check_range
 from guerdon.methods.base import (
-    LanguageMethod,
     Method,
     all_methods,
     can_learn,
@@ -25,6 +24,7 @@ from guerdon.methods.base import (
 from guerdon.training.config import Training
 
 if TYPE_CHECKING:
+    from guerdon.control.policy import ControlPolicy
     from guerdon.evaluation.comparison import Comparison
     from guerdon.evaluation.metrics import Evaluation
     from guerdon.language.policy import Policy
@@ -56,20 +56,20 @@ def configure(method: str | Method, options: dict[str, Any], where: str) -> tupl
 
     Args:
         method: its name, or the method itself, in which case `options` are the runner's alone.
-        options: fields of the method and of `Training`, together.
+        options: fields of the method and of its `training`, together.
         where: where the options come from, for messages about them.
 
     Raises:
         ConfigError: an unknown method or option (with the nearest name), a wrong type, or options that contradict
             each other.
     """
-    names = {f.name for f in dataclasses.fields(Training)}
     cls = get_method(method) if isinstance(method, str) else type(method)
+    names = {f.name for f in dataclasses.fields(cls.training)}
     own = {f.name for f in dataclasses.fields(cls)} if isinstance(method, str) else set()
     for name in options:
         if name not in names | own:
             raise ConfigError(f"{where}: there is no option '{name}'.{near(name, names | own)}")
-    training = build(Training, {k: v for k, v in options.items() if k in names}, where)
+    training = build(cls.training, {k: v for k, v in options.items() if k in names}, where)
     if isinstance(method, str):
         method = build(cls, {k: v for k, v in options.items() if k in own}, where)
     check_options(method, training)
@@ -200,8 +200,9 @@ def train(method: str | Method, *, progress: Progress | None = None, **options: 
     Args:
         method: a name that `guerdon methods` lists, or a method.
         progress: shows the run to a person, `guerdon.training.progress.Terminal()` for one.
-        **options: fields of the method (only where it is named) and of `guerdon.training.config.Training`; `model` and
-            either `data` or `task` have to be given.
+        **options: fields of the method (only where it is named) and of the runner: of `LanguageTraining` in
+            `guerdon.training.config`, where `model` and either `data` or `task` have to be given, or of
+            `ControlTraining`, where `data` or `env` has to be.
 
     Raises:
         ConfigError: see `configure`.
@@ -211,7 +212,6 @@ def train(method: str | Method, *, progress: Progress | None = None, **options: 
     built, training = configure(method, options, "train")
     from guerdon.runs import start
 
-    assert isinstance(built, LanguageMethod)
     return start(built, training, progress)
 
 
@@ -221,8 +221,8 @@ def train_chain(recipe: str | Path, *, progress: Progress | None = None, **train
     Called again it goes on where it stopped. See `guerdon.chains` for what such a recipe says.
 
     Args:
-        **training: fields of `guerdon.training.config.Training` that override the recipe in every stage; `model` is
-            where the chain starts, `out` its directory.
+        **training: fields of `guerdon.training.config.LanguageTraining` that override the recipe in every stage;
+            `model` is where the chain starts, `out` its directory.
     """
     from guerdon.chains import start
 
@@ -237,16 +237,22 @@ def resume(run: str | Path, *, progress: Progress | None = None) -> RunDir:
     return go_on(run, progress)
 
 
-def evaluate(policy: str | Path, *, max_length: int = 2048, **training: Any) -> Evaluation:
+def evaluate(policy: str | Path, *, max_length: int = 2048, **training: Any) -> dict[int, Evaluation]:
     """Judge a policy on held-out items, and write `evaluation.json` into its run directory, or into `out`.
 
     Args:
-        policy: a run directory, or any model that `Training.model` takes.
+        policy: a run directory, any model that `LanguageTraining.model` takes, or `random`, the control policy that
+            draws its actions blindly.
         max_length: with feedback: tokens of a prompt with one completion; longer ones are cut.
-        **training: fields of `Training` (`data`, `task`, `eval_samples`, `seed`, ...); a run's own where they
-            are not given.
+        **training: fields of `LanguageTraining` (`data`, `task`, `eval_samples`, `seed`, ...) or `ControlTraining`
+            (`env`, `eval_episodes`, ...); a run's own where they are not given.
+
+    Returns:
+        seed -> evaluation; a run of several seeds has several.
     """
+    from guerdon.evaluation.metrics import save_evaluations
     from guerdon.runs import evaluate
+    from guerdon.training.config import ControlTraining, LanguageTraining
     from guerdon.training.rundir import RunDir
 
     check_range({"max_length": max_length}, "max_length", low=1)
@@ -256,13 +262,16 @@ def evaluate(policy: str | Path, *, max_length: int = 2048, **training: Any) -> 
             raise ConfigError(
                 f"{policy} is not done ({run.status['state']}) and has no policy: `guerdon resume {policy}` goes on."
             )
-        own = run.config["training"]
-        if {"data", "task"} & set(training):
+        own, cls = run.config["training"], get_method(run.config["method"]).training
+        if cls is LanguageTraining and {"data", "task"} & set(training):
             own |= {"data": None, "eval_data": None, "task": None, "verifier": None, "max_samples": 0}
-        config = build(Training, {**own, "out": str(policy), **training}, "evaluate")
+        config: Training = build(cls, {**own, "out": str(policy), **training}, "evaluate")
         out: Path | None = Path(config.out)
+    elif str(policy) == "random" or "env" in training:
+        config = build(ControlTraining, training, "evaluate")
+        out = Path(config.out) if "out" in training else None
     elif {"data", "task"} & set(training):
-        config = build(Training, {"model": str(policy), **training}, "evaluate")
+        config = build(LanguageTraining, {"model": str(policy), **training}, "evaluate")
         out = Path(config.out) if "out" in training else None
     else:
         raise ConfigError(f"{policy} holds no run that would say what it is judged on: give either data or task.")
@@ -270,7 +279,7 @@ def evaluate(policy: str | Path, *, max_length: int = 2048, **training: Any) -> 
     found = evaluate(policy, config, max_length)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        found.save(out / "evaluation.json")
+        save_evaluations(out / "evaluation.json", found)
     return found
 
 
@@ -290,12 +299,12 @@ def compare(
     Args:
         methods: names, methods, or mappings with `name` and, where wanted, `options` and `label`.
         seeds: trials of each method.
-        budget: what each trial may spend, `updates` or `samples`; without one each method runs to its own end.
+        budget: what each seed may spend, `updates` or `samples`; without one each method runs to its own end.
         out: directory; the same call goes on with what stands in it.
         jobs: trials at the same time.
         command: how to make this comparison again, for the report.
         say: is told one line about each start and end of a stage.
-        **training: fields of `Training`, the same for all methods.
+        **training: fields of the methods' `training`, the same for all of them.
     """
     from guerdon.evaluation.compare import check_sources
     from guerdon.evaluation.compare import compare as run
@@ -320,12 +329,18 @@ def write_report(directory: str | Path, out: str | Path | None = None) -> Path:
     return write_report(directory, out)
 
 
-def load_policy(path: str | Path, *, precision: str = "auto") -> Policy:
-    """The policy of a run directory, or of any model that `Training.model` takes; it answers, and rates with its head.
+def load_policy(path: str | Path, *, precision: str = "auto") -> Policy | ControlPolicy:
+    """The policy of a run directory, or of any model that `LanguageTraining.model` takes.
+
+    A language policy answers, and rates with its head; a control policy acts, one of its seeds as all of them.
 
     Args:
-        precision: auto, fp32 or bf16, of matmuls.
+        precision: auto, fp32 or bf16, of a language model's matmuls.
     """
+    from guerdon.control.policy import ControlPolicy
+
+    if (directory := next(filter(ControlPolicy.is_at, (Path(path) / "policy", Path(path))), None)) is not None:
+        return ControlPolicy.load(directory)
     from guerdon.language.policy import Policy
 
     return Policy.load(path, precision)

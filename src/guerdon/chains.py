@@ -39,7 +39,7 @@ from guerdon.feedback.writers import write_feedback
 from guerdon.fields import build, check_range, checked
 from guerdon.methods.base import LanguageMethod, check_sampling, get_method
 from guerdon.recipes import read_mapping
-from guerdon.training.config import Training
+from guerdon.training.config import LanguageTraining
 from guerdon.training.progress import Progress, Silent
 from guerdon.training.rundir import RunDir
 
@@ -79,7 +79,7 @@ class Stage:
 
     name: str
     work: LanguageMethod | Collect
-    training: Training
+    training: LanguageTraining
 
     @property
     def directory(self) -> Path:
@@ -130,15 +130,15 @@ def read_chain(path: str | Path) -> dict[str, Any]:
         if stage["name"] in names:
             raise ConfigError(f"{here}: another stage is called '{stage['name']}', too; rename one of them.")
         names.add(stage["name"])
-    return {"training": checked(Training, said.get("training", {}), f"{where}: training"), "stages": stages}
+    return {"training": checked(LanguageTraining, said.get("training", {}), f"{where}: training"), "stages": stages}
 
 
 def plan(said: Mapping[str, Any], out: str | Path, where: str) -> list[Stage]:
     """The stages of a chain, every name and value of them checked; nothing is loaded.
 
     Args:
-        said: `training` and `stages` as in the recipe, and `given`, fields of `Training` that override it in every
-            stage; its `model` is where the chain starts.
+        said: `training` and `stages` as in the recipe, and `given`, fields of `LanguageTraining` that override it in
+            every stage; its `model` is where the chain starts.
         out: directory of the chain.
         where: where it all comes from, for messages.
 
@@ -166,10 +166,11 @@ def _stage(
     options, name = _filled(said.get("options", {}), before), said["method"]
     if name != Collect.name:
         method = build(get_method(name), options, f"options of {name}")
-        method, config = configure(method, training, "training")
-        assert isinstance(method, LanguageMethod)
-        return Stage(said["name"], method, config)
-    config = build(Training, training, "training")
+        method, configured = configure(method, training, "training")
+        if not (isinstance(method, LanguageMethod) and isinstance(configured, LanguageTraining)):
+            raise ConfigError(f"{name} improves a {method.policy} policy, and the stages of a chain a language policy.")
+        return Stage(said["name"], method, configured)
+    config = build(LanguageTraining, training, "training")
     if config.task is None or config.data is not None:
         raise ConfigError("training: collect answers the prompts of a task: give a task, and no data.")
     config.check()
@@ -205,8 +206,8 @@ def start(recipe: str | Path, given: Mapping[str, Any], progress: Progress | Non
     """Run the chain of a recipe, or go on with it where it was begun before.
 
     Args:
-        given: fields of `Training` that override the recipe in every stage. `model` is where the chain starts, and
-            `out` its directory.
+        given: fields of `LanguageTraining` that override the recipe in every stage. `model` is where the chain starts,
+            and `out` its directory.
 
     Returns:
         The run that trained the last policy.
@@ -220,7 +221,7 @@ def start(recipe: str | Path, given: Mapping[str, Any], progress: Progress | Non
 
     where = f"recipe {recipe}"
     said = read_chain(recipe)
-    said["given"] = checked(Training, given, where)
+    said["given"] = checked(LanguageTraining, given, where)
     out = Path({"out": "run", **said["training"], **said["given"]}["out"])
     said["given"].pop("out", None)
     stages = plan(said, out, where)
@@ -366,7 +367,7 @@ def _joined(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**answers[0], **every, "rewards": rewards}
 
 
-def _scores(rows: Sequence[dict[str, Any]], judge: str | None, config: Training) -> list[list[float]]:
+def _scores(rows: Sequence[dict[str, Any]], judge: str | None, config: LanguageTraining) -> list[list[float]]:
     if judge is None:
         ended = [zip(row["scores"], row["finished"], strict=True) for row in rows]
         return [[score if finished else min(score, 0.0) for score, finished in row] for row in ended]

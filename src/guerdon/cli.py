@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from guerdon.fields import Option
     from guerdon.methods.base import Method
     from guerdon.recipes import Recipe
+    from guerdon.training.config import Training
 
 
 @dataclass
@@ -155,7 +157,7 @@ class Resume:
 class Judged:
     """What is judged."""
 
-    policy: Positional[str]  # run directory, or any model that `train --model` takes
+    policy: Positional[str]  # run directory, any model that `train --model` takes, or `random` (with --env)
     max_length: int = 2048  # with feedback: tokens of a prompt with one completion; longer ones are cut
     json: bool = False  # print JSON
 
@@ -208,7 +210,7 @@ class Trials:
     methods: Positional[tuple[str, ...]]  # names, or recipes (.yaml) where a method has other options than its own
     seeds: int = 3  # trials of each method
     budget_updates: int = 0  # updates that each trial may make; 0 lets each method run to its own end
-    budget_samples: int = 0  # with a task: completions that each trial may sample; 0 as above
+    budget_samples: int = 0  # with a task or an environment: samples or steps that each trial may take; 0 as above
     jobs: int = 1  # trials at the same time
     out: str = "comparison"  # directory; the same command goes on with what stands in it
     json: bool = False  # print JSON
@@ -228,7 +230,9 @@ def _train(argv: list[str]) -> None:
         if not {"-h", "--help"} & set(argv):
             raise ConfigError("train needs a method: `guerdon train NAME ...`. `guerdon methods` lists them.")
         about = "Improve a policy with one method. `guerdon train METHOD --help` shows its options, too."
-        sections = [("training", _training_section()), ("files", Files)]
+        from guerdon.training.config import LanguageTraining
+
+        sections = [("training", _training_section(LanguageTraining)), ("files", Files)]
         _parse(make_dataclass("Train", sections), argv, "train METHOD", about)
     from guerdon.methods.base import get_method
 
@@ -246,8 +250,9 @@ def _train_chain(path: str, argv: list[str]) -> None:
     if argv and not argv[0].startswith("-"):
         raise ConfigError(f"recipe {path} has stages with methods of their own, so that '{argv[0]}' cannot be one.")
     from guerdon.chains import read_chain
+    from guerdon.training.config import LanguageTraining
 
-    training = _training_section(said={"model": "", **read_chain(path)["training"]})
+    training = _training_section(LanguageTraining, said={"model": "", **read_chain(path)["training"]})
     command = make_dataclass("Train", [("training", training), ("files", Files)])
     parsed = _parse(command, argv, "train", _train_chain.__doc__, command(training(), Files()))
     from guerdon.api import train_chain
@@ -261,17 +266,17 @@ def _train_chain(path: str, argv: list[str]) -> None:
 def _flags(cls: type[Method], recipe: Recipe | None, argv: list[str]) -> tuple[Method, dict[str, Any]]:
     """Method and runner options from a recipe, with the flags over it."""
     from guerdon.fields import options
-    from guerdon.training.config import Training
 
-    names = {f.name for f in dataclasses.fields(Training)}
+    names = {f.name for f in dataclasses.fields(cls.training)}
     if clash := [o.name for o in options(cls) if o.name in names]:
         raise ConfigError(
             f"{cls.name}: its option '{clash[0]}' is also one of the runner's; call the method's otherwise."
         )
     said = recipe.options if recipe else {}
-    own = _section(cls, [o for o in options(cls) if not o.owner.__module__.endswith(".base")], said)
-    loop = _section(cls, [o for o in options(cls) if o.owner.__module__.endswith(".base")], said)
-    training = _training_section(said=recipe.training if recipe else {})
+    shared = ("guerdon.methods.base", "guerdon.methods.control")
+    own = _section(cls, [o for o in options(cls) if o.owner.__module__ not in shared], said)
+    loop = _section(cls, [o for o in options(cls) if o.owner.__module__ in shared], said)
+    training = _training_section(cls.training, said=recipe.training if recipe else {})
     command = make_dataclass("Train", [("method", own), ("loop", loop), ("training", training), ("files", Files)])
     parsed = _parse(command, argv, f"train {cls.name}", _gist(cls), command(own(), loop(), training(), Files()))
     return cls(**vars(parsed.method), **vars(parsed.loop)), vars(parsed.training)
@@ -288,16 +293,15 @@ def _section(cls: type, chosen: list[Option], said: Mapping[str, Any]) -> type:
     return make_dataclass(cls.__name__, fields, kw_only=True, namespace={"__doc__": ""})
 
 
-def _training_section(*without: str, said: Mapping[str, Any] = MappingProxyType({})) -> type:
+def _training_section(cls: type[Training], *without: str, said: Mapping[str, Any] = MappingProxyType({})) -> type:
     from guerdon.fields import options
-    from guerdon.training.config import Training
 
-    return _section(Training, [o for o in options(Training) if o.name not in without], said)
+    return _section(cls, [o for o in options(cls) if o.name not in without], said)
 
 
 def _evaluate(argv: list[str]) -> None:
-    """Measure a run's policy, or any model, on held-out items."""
-    training = _training_section("model")
+    """Measure a run's policy, or any model, on held-out items; a control policy in episodes of its environment."""
+    training = _training_section(_training_of_policy(argv), "model")
     command = make_dataclass("Evaluate", [("judged", Judged), ("training", training), ("plugins", Plugins)])
     start = command(Judged(tyro.MISSING), training(), Plugins())
     parsed = _parse(command, argv, "evaluate", _evaluate.__doc__, start)
@@ -306,12 +310,32 @@ def _evaluate(argv: list[str]) -> None:
     # A run knows its own data, task and seed: only what was typed departs from them.
     said = _said(parsed.training, argv)
     found = evaluate(parsed.judged.policy, **_without(parsed.judged, "policy", "json"), **said)
-    _print_json(found.means()) if parsed.judged.json else _show_metrics(found.means())
+    means = [evaluation.means() for evaluation in found.values()]
+    mean = {name: sum(each[name] for each in means) / len(means) for name in means[0]}
+    seeds = {"seeds": {str(seed): each for seed, each in zip(found, means, strict=True)}} if len(means) > 1 else {}
+    _print_json(mean | seeds) if parsed.judged.json else _show_metrics(mean)
+
+
+def _training_of_policy(argv: list[str]) -> type[Training]:
+    """The options of the runner that go with the policy to be judged."""
+    from guerdon.methods.base import get_method
+    from guerdon.training.config import ControlTraining, LanguageTraining
+    from guerdon.training.rundir import RunDir
+
+    if run := next(filter(RunDir.is_at, argv), None):
+        return get_method(RunDir(run).config["method"]).training
+    return ControlTraining if "random" in argv or "--env" in _typed(argv) else LanguageTraining
 
 
 def _compare(argv: list[str]) -> int:
     """Train several methods on the same data with the same budget and seeds, and say what can be told apart."""
-    training = _training_section("out", "seed", "max_updates", "max_samples")
+    from guerdon.evaluation.compare import training_of
+    from guerdon.training.config import LanguageTraining
+
+    named = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    names = [_recipe_method(m)["name"] if m.endswith((".yaml", ".yml")) else m for m in named]
+    options_of = training_of(names) if names else LanguageTraining
+    training = _training_section(options_of, "out", "seed", "seeds", "max_updates", "max_samples")
     command = make_dataclass("Compare", [("trials", Trials), ("training", training), ("plugins", Plugins)])
     parsed = _parse(command, argv, "compare", _compare.__doc__, command(Trials(tyro.MISSING), training(), Plugins()))
     trials: Trials = parsed.trials

@@ -17,7 +17,7 @@ import numpy as np
 from guerdon.errors import ConfigError
 from guerdon.fields import build
 from guerdon.methods.base import LanguageMethod, get_method
-from guerdon.training.config import Training
+from guerdon.training.config import LanguageTraining
 
 if TYPE_CHECKING:
     from guerdon.feedback.records import Record
@@ -181,7 +181,7 @@ TRL: dict[str, Target] = {
 }
 
 
-def _settings(source: Path) -> tuple[str, dict[str, Any], Training]:
+def _settings(source: Path) -> tuple[str, dict[str, Any], LanguageTraining]:
     """Method, options and training of a run, or of a comparison's best row."""
     if (source / "comparison.json").exists():
         from guerdon.evaluation.compare import BUDGETS, load_comparison
@@ -192,14 +192,14 @@ def _settings(source: Path) -> tuple[str, dict[str, Any], Training]:
         best, said = comparison.methods[0], comparison.settings
         spent = {BUDGETS[unit]: amount for unit, amount in said["budget"].items()}
         assert best.method is not None
-        return best.method, best.options, build(Training, {**said["training"], **spent}, str(source))
+        return best.method, best.options, build(LanguageTraining, {**said["training"], **spent}, str(source))
     from guerdon.training.rundir import RunDir
 
     config = RunDir.open(source).config
-    return config["method"], config["options"], build(Training, config["training"], str(source))
+    return config["method"], config["options"], build(LanguageTraining, config["training"], str(source))
 
 
-def _trainer(method: LanguageMethod, training: Training) -> dict[str, Any]:
+def _trainer(method: LanguageMethod, training: LanguageTraining) -> dict[str, Any]:
     """The options that every trainer of TRL has."""
     name = HUB_NAMES.get(training.model) or _absolute(training.model)
     if name.startswith("tiny:") or name.endswith(".gguf"):
@@ -232,7 +232,7 @@ def _trainer(method: LanguageMethod, training: Training) -> dict[str, Any]:
     return config
 
 
-def _write_feedback(method: LanguageMethod, training: Training, out: Path) -> dict[str, Any]:
+def _write_feedback(method: LanguageMethod, training: LanguageTraining, out: Path) -> dict[str, Any]:
     """The rows that the method would learn from, its own choice of completions and pairs made."""
     from guerdon.feedback.readers import read_feedback
     from guerdon.feedback.writers import write_feedback
@@ -274,7 +274,7 @@ def _chosen(method: LanguageMethod, records: list[Record], seed: int) -> Iterato
                 yield {"text": text} if isinstance(text, str) else {"messages": text}
 
 
-def _write_task(method: LanguageMethod, training: Training, out: Path) -> dict[str, Any]:
+def _write_task(method: LanguageMethod, training: LanguageTraining, out: Path) -> dict[str, Any]:
     """The prompts, and the verifier as a reward function in `rewards.py`."""
     from guerdon.feedback.writers import write_feedback
     from guerdon.tasks import load_task

@@ -3,7 +3,7 @@
 method: dpo
 options:        # fields of the method
   beta: 0.05
-training:       # fields of `guerdon.training.config.Training`
+training:       # fields of the method's `training`, such as `guerdon.training.config.LanguageTraining`
   model: smollm2-135m
   data: pairs.jsonl
 
@@ -19,7 +19,6 @@ from typing import Any
 from guerdon.errors import ConfigError, near
 from guerdon.fields import checked
 from guerdon.methods.base import get_method
-from guerdon.training.config import Training
 
 KEYS = ("method", "options", "training")
 
@@ -70,5 +69,5 @@ def read_recipe(path: str | Path) -> Recipe:
     return Recipe(
         said["method"],
         checked(cls, said["options"], f"recipe {path}: options of {said['method']}"),
-        checked(Training, said["training"], f"recipe {path}: training"),
+        checked(cls.training, said["training"], f"recipe {path}: training"),
     )

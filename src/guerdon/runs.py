@@ -9,18 +9,20 @@ from guerdon.errors import GuerdonError
 from guerdon.feedback.records import texts
 from guerdon.fields import build
 from guerdon.lazy import torch
-from guerdon.methods.base import LanguageMethod, get_method
-from guerdon.training.config import Training
+from guerdon.methods.base import Method, get_method
+from guerdon.training.config import ControlTraining, LanguageTraining, Training
 from guerdon.training.rundir import RunDir
 
 if TYPE_CHECKING:
     from guerdon.evaluation.metrics import Evaluation
+    from guerdon.training.control import ControlRun
     from guerdon.training.distributed import Distribution
     from guerdon.training.language import LanguageRun
     from guerdon.training.progress import Progress
+    from guerdon.training.runner import Evaluate
 
 
-def start(method: LanguageMethod, config: Training, progress: Progress | None = None) -> RunDir:
+def start(method: Method, config: Training, progress: Progress | None = None) -> RunDir:
     """Train a policy from its start; the run directory `config.out` must be new.
 
     Where data, task or model turn out to be unusable there is no run, and its directory is removed.
@@ -50,17 +52,29 @@ def resume(path: str | Path, progress: Progress | None = None) -> RunDir:
         return rundir
     saved = rundir.config
     method = build(get_method(saved["method"]), saved["options"], f"{path}/config.json")
-    assert isinstance(method, LanguageMethod)
-    config = build(Training, {**saved["training"], "out": str(path)}, f"{path}/config.json")
+    config = build(method.training, {**saved["training"], "out": str(path)}, f"{path}/config.json")
     return _go(_prepare(rundir, method, config, Distribution.start()), rundir, progress)
 
 
-def evaluate(policy: str | Path, config: Training, max_length: int = 2048) -> Evaluation:
-    """Judge a policy on the held-out items of `config`'s task or data, against the start `config.model`.
+def evaluate(policy: str | Path, config: Training, max_length: int = 2048) -> dict[int, Evaluation]:
+    """Judge a policy: seed -> evaluation, where a run of several seeds has several.
+
+    A language policy is judged on the held-out items of `config`'s task or data, against the start `config.model`; a
+    control policy on episodes in `config.env`.
 
     Args:
-        policy: a run directory, or any model that `Training.model` takes.
+        policy: a run directory, any model that `LanguageTraining.model` takes, or `random`, the control policy that
+            draws its actions blindly.
     """
+    if isinstance(config, ControlTraining):
+        from guerdon.evaluation.control import evaluate_control
+
+        return evaluate_control(policy, config)
+    assert isinstance(config, LanguageTraining)
+    return {config.seed: _evaluate_language(policy, config, max_length)}
+
+
+def _evaluate_language(policy: str | Path, config: LanguageTraining, max_length: int) -> Evaluation:
     from guerdon.evaluation.evaluate import evaluate_policy
     from guerdon.language.policy import Policy
     from guerdon.training.language import material
@@ -73,21 +87,33 @@ def evaluate(policy: str | Path, config: Training, max_length: int = 2048) -> Ev
     return evaluate_policy(judged, start.annotate, held_out, task, config, max_length)
 
 
-def _prepare(rundir: RunDir, method: LanguageMethod, config: Training, distribution: Distribution) -> LanguageRun:
-    """Read the data and load the model."""
-    from guerdon.training.language import LanguageRun
-
+def _prepare(rundir: RunDir, method: Method, config: Training, distribution: Distribution) -> LanguageRun | ControlRun:
+    """Read the data, load the model, make the environments."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    run = LanguageRun(method, config, distribution, rundir.path)
-    method.setup(run)
+    if isinstance(config, ControlTraining):
+        from guerdon.methods.control import ControlMethod
+        from guerdon.training.control import ControlRun
+
+        assert isinstance(method, ControlMethod)
+        run = ControlRun(method, config, distribution, rundir.path)
+        method.setup(run)
+        return run
+    from guerdon.methods.base import LanguageMethod
+    from guerdon.training.language import LanguageRun
+
+    assert isinstance(method, LanguageMethod) and isinstance(config, LanguageTraining)
+    language = LanguageRun(method, config, distribution, rundir.path)
+    method.setup(language)
     if rundir.latest_checkpoint() is None:
-        run.forget_samples(0)  # of a run that was killed before its first checkpoint
-    return run
+        language.forget_samples(0)  # of a run that was killed before its first checkpoint
+    return language
 
 
-def _go(run: LanguageRun, rundir: RunDir, progress: Progress | None) -> RunDir:
+def _go(run: LanguageRun | ControlRun, rundir: RunDir, progress: Progress | None) -> RunDir:
+    from guerdon.evaluation.control import evaluate_control_run
     from guerdon.evaluation.evaluate import evaluate_run
+    from guerdon.training.control import ControlRun
     from guerdon.training.loggers import open_sinks
     from guerdon.training.runner import run_loop
 
@@ -95,12 +121,17 @@ def _go(run: LanguageRun, rundir: RunDir, progress: Progress | None) -> RunDir:
     if main and progress is not None:
         for note in run.notes:
             progress.note(note)
+    evaluate: Evaluate | None
+    if isinstance(run, ControlRun):
+        evaluate = evaluate_control_run if run.env else None
+    else:
+        evaluate = evaluate_run if run.held_out else None
     run_loop(
         run,
         run.method,
         rundir,
         run.config,
-        evaluate=evaluate_run if run.held_out else None,
+        evaluate=evaluate,
         sinks=open_sinks(rundir, run.config.log_to) if main else [],
         progress=progress,
     )

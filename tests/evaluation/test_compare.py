@@ -241,5 +241,5 @@ def test_commands():
     assert guerdon_command(trial, "train")[3:] == ["train", "dpo", "--model", "m", *flags, "--beta", "0.1"]
     assert guerdon_command(trial, "resume")[3:] == ["resume", "o/1"]
     assert guerdon_command(trial, "evaluate")[3:] == ["evaluate", "o/1"]
-    start = Trial("base", None, {}, training)
+    start = Trial("base", None, {}, training, training["model"])
     assert guerdon_command(start, "evaluate")[3:] == ["evaluate", "m", *flags]

@@ -126,7 +126,7 @@ class Problem:
 
 def train(path: Path, method: Fit, options: dict, dtype: torch.dtype = torch.bfloat16, **rest) -> Problem:
     """Start a run, or go on with it where it exists, as a fresh process would."""
-    config = Training(model="problem", out=str(path), **options)
+    config = Training(out=str(path), **options)
     exists = (path / "config.json").exists()
     rundir = RunDir.open(path) if exists else RunDir.create(path, "fit", method.options(), asdict(config))
     run = Problem(max_samples=config.max_samples, dtype=dtype)

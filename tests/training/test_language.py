@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from guerdon.errors import DataError, InvariantError
 from guerdon.methods.base import LanguageMethod, get_method
 from guerdon.runs import resume, start
-from guerdon.training.config import Training
+from guerdon.training.config import LanguageTraining
 from guerdon.training.language import LanguageRun
 from guerdon.training.rundir import RunDir
 
@@ -56,12 +56,12 @@ def rows(run: RunDir) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in run.metrics()]
 
 
-def offline(out: Path, data: Path, **options: Any) -> Training:
-    return Training(model=MODEL, data=str(data), out=str(out), checkpoint_every=2, eval_items=8, **options)
+def offline(out: Path, data: Path, **options: Any) -> LanguageTraining:
+    return LanguageTraining(model=MODEL, data=str(data), out=str(out), checkpoint_every=2, eval_items=8, **options)
 
 
-def online(out: Path, **options: Any) -> Training:
-    return Training(model=MODEL, task=TASK, out=str(out), checkpoint_every=2, eval_items=8, **options)
+def online(out: Path, **options: Any) -> LanguageTraining:
+    return LanguageTraining(model=MODEL, task=TASK, out=str(out), checkpoint_every=2, eval_items=8, **options)
 
 
 def assert_close(a: RunDir, b: RunDir, tolerance: float) -> None:
@@ -95,11 +95,11 @@ def test_gradient_checkpointing_never_changes_a_run(tmp_path: Path, preferences:
     assert_close(plain, again, 1e-6)
 
 
-def launch(training: Training, name: str, options: dict[str, Any], *before: str) -> list[str]:
+def launch(training: LanguageTraining, name: str, options: dict[str, Any], *before: str) -> list[str]:
     code = (
         "import sys, json; from guerdon.methods.base import get_method; from guerdon.runs import start, resume; "
-        "from guerdon.training.config import Training; from guerdon.training.rundir import RunDir; import os; "
-        "name, options, training = json.loads(sys.argv[1]); config = Training(**training); "
+        "from guerdon.training.config import LanguageTraining; from guerdon.training.rundir import RunDir; import os; "
+        "name, options, training = json.loads(sys.argv[1]); config = LanguageTraining(**training); "
         "resume(config.out) if os.path.exists(config.out + '/config.json') and 'WORLD_SIZE' not in os.environ "
         "else start(get_method(name)(**options), config)"
     )
@@ -111,7 +111,7 @@ def launch(training: Training, name: str, options: dict[str, Any], *before: str)
 def test_kill_and_resume_is_bit_identical(name: str, tmp_path: Path, preferences: Path) -> None:
     options = {"batch_size": 2, "lr": 1e-3} if name == "dpo" else SHORT
 
-    def config(out: str) -> Training:
+    def config(out: str) -> LanguageTraining:
         return offline(tmp_path / out, preferences) if name == "dpo" else online(tmp_path / out)
 
     whole = start(method(name, **options), config("whole"))
@@ -140,7 +140,7 @@ def test_kill_and_resume_is_bit_identical(name: str, tmp_path: Path, preferences
 def test_two_processes_equal_one(name: str, tmp_path: Path, preferences: Path) -> None:
     options = {"batch_size": 5, "lr": 1e-3} if name == "dpo" else SHORT
 
-    def config(out: str) -> Training:
+    def config(out: str) -> LanguageTraining:
         return offline(tmp_path / out, preferences) if name == "dpo" else online(tmp_path / out)
 
     one = start(method(name, **options), config("one"))

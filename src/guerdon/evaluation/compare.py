@@ -11,23 +11,25 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from guerdon.errors import ConfigError, DataError
 from guerdon.evaluation.comparison import BASE, Comparison, Row, as_dict, judge
-from guerdon.evaluation.metrics import Evaluation
+from guerdon.evaluation.metrics import load_evaluations
 from guerdon.evaluation.trials import EVALUATION, Launch, Progress, Trial, guerdon_command, locked, run_trials
 from guerdon.evaluation.wording import tables, verdict
 from guerdon.feedback.readers import Feedback
 from guerdon.fields import checked
 from guerdon.methods.base import LanguageMethod, check_options, get_method
-from guerdon.training.config import Training
+from guerdon.training.config import ControlTraining, LanguageTraining, Training
 from guerdon.training.rundir import RunDir
 
 __all__ = ["Comparison", "as_dict", "compare", "load_comparison", "tables"]
 
 BUDGETS = {"updates": "max_updates", "samples": "max_samples"}  # unit -> field of `Training`
+RANDOM = "random"  # what `guerdon evaluate` calls the control policy that draws its actions blindly
 TOKENS, SAMPLES = "progress/tokens", "progress/samples"  # metrics of a run: both counted from its start
 
 
@@ -51,7 +53,7 @@ def compare(
 
     Args:
         methods: names, or mappings with `name` and, where wanted, `options` (fields of the method) and `label`.
-        training: fields of `Training` but `out`, `seed` and those of the budget; the same for all.
+        training: fields of the methods' `training` but `out`, seeds and those of the budget; the same for all.
         seeds: how many; they are 0, 1, ...
         budget: what each trial may spend: `updates`, `samples`, or both. Empty lets each method run to its own end.
         out: directory of the comparison.
@@ -75,8 +77,8 @@ def compare(
     except OSError as error:
         raise ConfigError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
     with locked(out) as lock:
-        _remember(out, settings, command)
-        trials = _trials(settings, out)
+        looks = _remember(out, settings, command)
+        trials = _trials(settings, out, looks)
         try:
             run_trials(trials, launch=launch, jobs=jobs, lock=lock, say=say)
         except KeyboardInterrupt:
@@ -102,7 +104,7 @@ def load_comparison(directory: str | Path) -> Comparison:
     settings = said["settings"]
     rows = {BASE: Row(BASE, None, {})}
     rows |= {m["label"]: Row(m["label"], m["name"], m["options"]) for m in settings["methods"]}
-    for trial in _trials(settings, directory):
+    for trial in _trials(settings, directory, said["looks"]):
         _add_trial(rows[trial.label], trial)
     primary, pairs = judge(list(rows.values()))
     # pairs go from better to worse, so that their labels come best first
@@ -137,15 +139,16 @@ def _settings(
         if amount < 1:
             raise ConfigError(f"compare: the budget has to be at least 1 of {unit}, not {amount}.")
         spent[unit] = int(amount)
-    for name in ("out", "seed", *BUDGETS.values()):
+    for name in ("out", "seed", "seeds", *BUDGETS.values()):
         if name in training:
             raise ConfigError(f"compare: '{name}' is set for each trial by the comparison; take it out of `training`.")
-    fields = checked(Training, {"out": "", **training}, "compare", required=True)
+    kind = training_of([row["name"] for row in rows.values()])
+    fields = checked(kind, {"out": "", **training}, "compare", required=True)
     del fields["out"]
-    config = Training(**{**fields, **{BUDGETS[unit]: amount for unit, amount in spent.items()}})
+    config = kind(**{**fields, **{BUDGETS[unit]: amount for unit, amount in spent.items()}})
     for row in rows.values():
         check_options(get_method(row["name"])(**row["options"]), config)
-    if config.task is None and not (config.holdout or config.eval_data):
+    if isinstance(config, LanguageTraining) and config.task is None and not (config.holdout or config.eval_data):
         raise ConfigError("compare: nothing is held out to judge by: raise holdout or give eval_data.")
     settings = {"methods": list(rows.values()), "training": fields, "seeds": seeds, "budget": spent}
     for name in ("data", "eval_data"):
@@ -155,17 +158,31 @@ def _settings(
     return json.loads(json.dumps(settings))
 
 
+def training_of(names: Sequence[str]) -> type[Training]:
+    """The options of the runner that all these methods share; `ConfigError` where they improve unlike policies."""
+    kinds = {get_method(name).policy: name for name in names}
+    if len(kinds) > 1:
+        said = " and ".join(f"{name} a {kind} policy" for kind, name in kinds.items())
+        raise ConfigError(f"compare: {said}: only methods for one kind of policy can be compared.")
+    return get_method(names[0]).training
+
+
 def check_sources(settings: dict[str, Any]) -> None:
     """Read the data or the task of a comparison and find its model, so that what is wrong with them is told once.
 
     Raises:
         ConfigError, DataError: what every trial would fail with.
     """
+    methods = [get_method(m["name"])(**m["options"]) for m in settings["methods"]]
+    config = methods[0].training(**settings["training"])
+    if isinstance(config, ControlTraining):
+        from guerdon.training.control import check_material
+
+        return check_material(config, methods)
     from guerdon.language.models import check_name
     from guerdon.training.language import material
 
-    config = Training(**settings["training"])
-    methods = [get_method(m["name"])(**m["options"]) for m in settings["methods"]]
+    assert isinstance(config, LanguageTraining)
 
     def check(feedback: Feedback) -> None:
         for method in methods:
@@ -178,8 +195,12 @@ def check_sources(settings: dict[str, Any]) -> None:
         raise DataError(f"{config.data}: there are too few different prompts to learn from some and judge by others.")
 
 
-def _remember(out: Path, settings: dict[str, Any], command: str) -> None:
-    """Write comparison.json, or check that what stands there differs by more seeds or methods alone."""
+def _remember(out: Path, settings: dict[str, Any], command: str) -> list[dict[str, Any]]:
+    """Write comparison.json, or check that what stands there differs by more seeds or methods alone.
+
+    Returns:
+        The looks that were taken before.
+    """
     said = _read(out)
     looks: list[dict[str, Any]] = []
     if said is not None:
@@ -204,6 +225,7 @@ def _remember(out: Path, settings: dict[str, Any], command: str) -> None:
     draft = out / "comparison.json.tmp"
     draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
     os.replace(draft, out / "comparison.json")
+    return looks
 
 
 def _read(out: Path) -> dict[str, Any] | None:
@@ -235,34 +257,44 @@ def _folder(label: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", label.lower()).strip(".-") or "method"
 
 
-def _trials(settings: dict[str, Any], out: Path) -> list[Trial]:
-    """The untrained start, then seed by seed, so that what is there early can be compared early."""
+def _trials(settings: dict[str, Any], out: Path, looks: Sequence[Mapping[str, Any]]) -> list[Trial]:
+    """The untrained start, then seed by seed, so that what is there early can be compared early.
 
-    def trial(label: str, method: str | None, options: dict[str, Any], seed: int, budget: dict[str, int]) -> Trial:
-        directory = out / "trials" / _folder(label) / f"seed-{seed}"
-        training = {**settings["training"], **budget, "seed": seed, "out": str(directory)}
-        return Trial(label, method, options, training)
+    A language policy has a trial of its own for each seed. The seeds of a control method are trained together; where
+    more were asked for after a look, those are.
+    """
+    control = get_method(settings["methods"][0]["name"]).policy == "control"
+    start = RANDOM if control else settings["training"]["model"]
 
+    def trial(label: str, method: str | None, options: dict[str, Any], seeds: range, budget: dict[str, int]) -> Trial:
+        name = f"seed-{seeds[0]}" if len(seeds) == 1 else f"seeds-{seeds[0]}-{seeds[-1]}"
+        directory = out / "trials" / _folder(label) / name
+        several = {"seeds": len(seeds)} if control else {}
+        training = {**settings["training"], **budget, "seed": seeds[0], **several, "out": str(directory)}
+        return Trial(label, method, options, training, start)
+
+    total = settings["seeds"]
+    edges = sorted({look["seeds"] for look in looks} | {total}) if control else range(1, total + 1)
+    blocks = [range(a, b) for a, b in pairwise([0, *edges])]
     budget = {BUDGETS[unit]: amount for unit, amount in settings["budget"].items()}
-    return [trial(BASE, None, {}, 0, {})] + [
-        trial(m["label"], m["name"], m["options"], seed, budget)
-        for seed in range(settings["seeds"])
-        for m in settings["methods"]
+    return [trial(BASE, None, {}, range(1), {})] + [
+        trial(m["label"], m["name"], m["options"], seeds, budget) for seeds in blocks for m in settings["methods"]
     ]
 
 
 def _add_trial(row: Row, trial: Trial) -> None:
-    progress = Progress.of(trial.directory)
-    row.directories[trial.seed] = trial.directory
+    progress, seeds = Progress.of(trial.directory), trial.seeds
+    row.directories |= dict.fromkeys(seeds, trial.directory)
     if progress.state == "failed":
-        row.failed[trial.seed] = progress.error
+        row.failed |= dict.fromkeys(seeds, progress.error)
     elif progress.state == "waiting":
-        row.waiting.append(trial.seed)
+        row.waiting += seeds
     else:
-        row.seeds.append(trial.seed)
-        row.evaluations.append(Evaluation.load(trial.directory / EVALUATION))
+        row.seeds += seeds
+        row.evaluations += load_evaluations(trial.directory / EVALUATION).values()
         if trial.method is not None:
             last = {name: value for step in RunDir(trial.directory).metrics() for name, value in step.items()}
-            cost = {"wall": progress.wall, "cpu": progress.cpu, "memory": float(progress.memory)}
+            each = {"wall": progress.wall / len(seeds), "cpu": progress.cpu / len(seeds)}
             counted = {"tokens": TOKENS, "samples": SAMPLES}
-            row.costs.append({name: float(last[key]) for name, key in counted.items() if key in last} | cost)
+            each |= {name: float(last[key]) for name, key in counted.items() if last.get(key)}
+            row.costs += [each | {"memory": float(progress.memory)}] * len(seeds)

@@ -42,7 +42,8 @@ class Row:
         failed: seed -> the last lines of what went wrong.
         waiting: seeds that have not finished.
         evaluations: one for each of `seeds`.
-        costs: one for each of `seeds`: tokens trained, samples drawn, wall and cpu seconds, peak memory in bytes.
+        costs: one for each of `seeds`: tokens trained, samples drawn, wall and cpu seconds, peak memory in bytes. Seeds
+            that were trained together share their seconds equally; the memory is that of all.
         metrics: interval of each metric's mean, over seeds and items.
         iqm: interquartile mean of the seeds' primary scores; the same as the mean for two seeds.
     """

@@ -18,7 +18,7 @@ from guerdon.language.sampling.base import Sampling
 from guerdon.language.templates import prompt_ids, render_each
 from guerdon.methods.base import pairs_from_scores
 from guerdon.tasks import Task
-from guerdon.training.config import Training
+from guerdon.training.config import LanguageTraining
 
 if TYPE_CHECKING:
     from guerdon.training.language import LanguageRun
@@ -31,7 +31,7 @@ def evaluate_policy(
     start: Annotate,
     held_out: Sequence[Record],
     task: Task | None,
-    how: Training,
+    how: LanguageTraining,
     max_length: int = 2048,
 ) -> Evaluation:
     """Judge a policy on held-out records.
@@ -77,7 +77,7 @@ def evaluate_run(run: LanguageRun) -> dict[str, float]:
 
 
 def _by_task(
-    policy: Policy, start: Annotate, records: list[Record], task: Task, how: Training
+    policy: Policy, start: Annotate, records: list[Record], task: Task, how: LanguageTraining
 ) -> tuple[dict[str, np.ndarray], str]:
     sampling = Sampling(max_new_tokens=how.eval_max_new_tokens, temperature=how.eval_temperature)
     prompts = [r.prompt or "" for r in records]
@@ -99,7 +99,7 @@ def _by_task(
 
 
 def _by_feedback(
-    policy: Policy, start: Annotate, records: list[Record], how: Training, max_length: int
+    policy: Policy, start: Annotate, records: list[Record], how: LanguageTraining, max_length: int
 ) -> tuple[dict[str, np.ndarray], str]:
     rendered = render_each(
         records, policy.tokenizer, max_length=max_length, overlong=how.overlong, skip_bad=how.skip_bad

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ _KINDS = {
     "nll": MetricKind("NLL (nats per token)", -1),
     "kl": MetricKind("KL to the start (nats)"),
     "length": MetricKind("length (tokens)"),
+    "return": MetricKind("return", 1),
+    "normalized": MetricKind("normalised score", 1),
+    "success": MetricKind("success rate", 1, (0.0, 1.0)),
+    "steps": MetricKind("episode length (steps)"),
     "truncated": MetricKind("truncated share", -1, (0.0, 1.0)),
 }
 
@@ -50,10 +54,11 @@ def kind_of(metric: str) -> MetricKind:
 
 @dataclass
 class Evaluation:
-    """One policy judged on held-out items: the contents of `evaluation.json`.
+    """One policy judged on held-out items.
 
     Attributes:
         items: one key per item, the same over methods and seeds (a hash of the record, say); the pairing rests on it.
+            For a control policy an item is an episode, which starts alike for all.
         metrics: name -> one value per item, `nan` where the metric says nothing about the item (null in the file).
         primary: the metric that decides a comparison.
         settings: what the numbers depend on beside the policy (completions per item, temperature, step, ...).
@@ -77,23 +82,49 @@ class Evaluation:
         """Mean of each metric over the items that it speaks of."""
         return {name: float(np.nanmean(v)) for name, v in self.metrics.items() if not np.isnan(v).all()}
 
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data for JSON; null where a metric says nothing."""
+        metrics = {k: [None if np.isnan(x) else float(x) for x in v] for k, v in self.metrics.items()}
+        return {**asdict(self), "metrics": metrics}
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `evaluation.json`, whole or not at all."""
-        data = asdict(self)
-        data["metrics"] = {k: [None if np.isnan(x) else float(x) for x in v] for k, v in self.metrics.items()}
-        draft = Path(f"{path}.tmp")
-        draft.write_text(json.dumps(data, allow_nan=False), encoding="utf-8")
-        os.replace(draft, path)
+        """Write `evaluation.json` of a run of one seed, whole or not at all."""
+        _write(path, self.as_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evaluation:
-        """Read `evaluation.json`; a `DataError` where it is not one."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            metrics = {k: np.array(v, dtype=float) for k, v in data["metrics"].items()}  # null becomes nan
-            return cls(data["items"], metrics, data["primary"], data.get("settings", {}))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is no evaluation ({type(error).__name__}: {error}). Evaluate again.") from error
+        """Read `evaluation.json` of a run of one seed; a `DataError` where it is not one."""
+        return next(iter(load_evaluations(path).values()))
+
+
+def save_evaluations(path: str | os.PathLike[str], evaluations: Mapping[int, Evaluation]) -> None:
+    """Write `evaluation.json` of a run of one seed or of several (seed -> evaluation), whole or not at all."""
+    seeds = {str(seed): found.as_dict() for seed, found in evaluations.items()}
+    _write(path, {"seeds": seeds} if len(seeds) > 1 else next(iter(seeds.values())))
+
+
+def load_evaluations(path: str | os.PathLike[str]) -> dict[int, Evaluation]:
+    """Read `evaluation.json`: seed -> evaluation, with the key 0 for what a run of one seed has written.
+
+    Raises:
+        DataError: the file is no evaluation.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {int(seed): _evaluation(said) for seed, said in data.get("seeds", {"0": data}).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no evaluation ({type(error).__name__}: {error}). Evaluate again.") from error
+
+
+def _evaluation(data: Mapping[str, Any]) -> Evaluation:
+    metrics = {k: np.array(v, dtype=float) for k, v in data["metrics"].items()}  # null becomes nan
+    return Evaluation(data["items"], metrics, data["primary"], data.get("settings", {}))
+
+
+def _write(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
+    draft = Path(f"{path}.tmp")
+    draft.write_text(json.dumps(data, allow_nan=False), encoding="utf-8")
+    os.replace(draft, path)
 
 
 def aligned(evaluations: Sequence[Evaluation], metric: str) -> tuple[np.ndarray, list[str]]:

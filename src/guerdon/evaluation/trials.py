@@ -1,7 +1,8 @@
 """The trials of a comparison: one method with one seed each, in its own processes, several at once, each resumable.
 
 A trial `out/trials/LABEL/seed-K/` is a run directory like any other. Beside it stand `seed-K.json` (state and cost of
-every process that worked on it) and what its processes printed. Nothing here knows how a policy is trained: `launch`
+every process that worked on it) and what its processes printed. A trial of a control method trains several seeds
+together. Nothing here knows how a policy is trained: `launch`
 says which command does a stage, and its exit status says whether it did.
 """
 
@@ -31,23 +32,26 @@ GRACE = 20.0  # seconds that an interrupted process has to save itself
 
 @dataclass(frozen=True)
 class Trial:
-    """One method with one seed.
+    """One method with one seed, or with several that are trained together.
 
     Attributes:
         label: the row it belongs to.
         method: name, or None for the untrained start, which is only evaluated.
         options: fields of the method.
-        training: fields of `guerdon.training.config.Training`, with this trial's seed, directory and budget.
+        training: fields of the method's `training`, with this trial's seeds, directory and budget.
+        start: the untrained policy that `guerdon evaluate` takes.
     """
 
     label: str
     method: str | None
     options: dict[str, Any]
     training: dict[str, Any]
+    start: str = ""
 
     @property
-    def seed(self) -> int:
-        return self.training["seed"]
+    def seeds(self) -> range:
+        first = self.training["seed"]
+        return range(first, first + self.training.get("seeds", 1))
 
     @property
     def directory(self) -> Path:
@@ -55,7 +59,9 @@ class Trial:
 
     @property
     def name(self) -> str:
-        return f"{self.label} seed {self.seed}" if self.method else self.label
+        first, last = self.seeds[0], self.seeds[-1]
+        which = f"seed {first}" if first == last else f"seeds {first} to {last}"
+        return f"{self.label} {which}" if self.method else self.label
 
 
 @dataclass
@@ -107,7 +113,7 @@ def guerdon_command(trial: Trial, stage: Stage) -> list[str]:
     if trial.method is not None:
         return [*guerdon, "evaluate", str(trial.directory)]
     start = {k: v for k, v in trial.training.items() if k != "model"}
-    return [*guerdon, "evaluate", trial.training["model"], *_flags(start)]
+    return [*guerdon, "evaluate", trial.start, *_flags(start)]
 
 
 def run_trials(trials: Sequence[Trial], *, launch: Launch, jobs: int, lock: int, say: Callable[[str], None]) -> None:

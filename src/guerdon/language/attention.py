@@ -146,35 +146,27 @@ class _SegmentAttention(torch.autograd.Function):
         kv = key.shape[1]
         q = query[0].view(kv, heads // kv, total, dim)
         out = torch.empty_like(q)
-        lse = query.new_empty(q.shape[:-1], dtype=torch.float32)
         for start, end, spans in layout.blocks:
-            p = _scores(q[:, :, start:end], _gather(key[0], spans), scaling)
-            maximum = p.amax(-1, keepdim=True)
-            norm = _exp_(p.sub_(maximum)).sum(-1, keepdim=True)
-            rows = p.div_(norm).to(q.dtype).flatten(1, 2)
-            out[:, :, start:end] = (rows @ _gather(value[0], spans)).view(kv, -1, end - start, dim)
-            lse[:, :, start:end] = (maximum + norm.log()).squeeze(-1)
-        out = out.view(1, heads, total, dim)
-        ctx.save_for_backward(query, key, value, out, lse)
+            p = _probabilities(q[:, :, start:end], _gather(key[0], spans), scaling)
+            out[:, :, start:end] = (p @ _gather(value[0], spans)).view(kv, -1, end - start, dim)
+        ctx.save_for_backward(query, key, value)
         ctx.scaling, ctx.layout = scaling, layout
-        return out
+        return out.view(1, heads, total, dim)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         _, heads, total, dim = query.shape
         kv, dtype = key.shape[1], query.dtype
         q, do = query[0].view(kv, heads // kv, total, dim), grad[0].view(kv, heads // kv, total, dim)
-        delta = (grad[0].float() * out[0].float()).sum(-1).view(kv, -1, total, 1)
         dq = torch.empty_like(q)
         dk = key.new_zeros(key.shape[1:], dtype=torch.float32)
         dv = torch.zeros_like(dk)
         for start, end, spans in ctx.layout.blocks:
             k, v = _gather(key[0], spans), _gather(value[0], spans)
-            p = _exp_(_scores(q[:, :, start:end], k, ctx.scaling).sub_(lse[:, :, start:end, None]))
+            p = _probabilities(q[:, :, start:end], k, ctx.scaling)
             q_rows, do_rows = q[:, :, start:end].flatten(1, 2), do[:, :, start:end].flatten(1, 2)
-            ds = (do_rows @ v.transpose(1, 2)).view(p.shape).float().sub_(delta[:, :, start:end]).mul_(p)
-            ds, p = ds.to(dtype).flatten(1, 2), p.to(dtype).flatten(1, 2)
+            ds = torch._softmax_backward_data(do_rows @ v.transpose(1, 2), p, -1, dtype)
             dq[:, :, start:end] = (ds @ k).view(kv, -1, end - start, dim)
             _scatter_add(dk, spans, ds.transpose(1, 2) @ q_rows)
             _scatter_add(dv, spans, p.transpose(1, 2) @ do_rows)
@@ -194,17 +186,11 @@ def _scatter_add(into: torch.Tensor, spans: list[tuple[int, int]], x: torch.Tens
         at += end - start
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:
-    """(KV, R, L, S) fp32 scores of L queries whose own tokens are the last L of S keys, causally masked."""
-    kv, rep, length, _ = q.shape
+def _probabilities(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:
+    """(KV, R * L, S) attention of L queries in R heads whose own tokens are the last L of S keys, causally masked."""
+    _, rep, length, _ = q.shape
     mask = _causal(length, k.shape[1], rep, q.dtype, q.device)
-    scores = torch.baddbmm(mask, q.flatten(1, 2), k.transpose(1, 2), alpha=scaling)
-    return scores.view(kv, rep, length, -1).float()
-
-
-def _exp_(x: torch.Tensor) -> torch.Tensor:
-    """exp in place. What underflows takes a path three times as slow, so it stops at the smallest normal number."""
-    return x.clamp_(min=-87.0).exp_()
+    return torch.baddbmm(mask, q.flatten(1, 2), k.transpose(1, 2), alpha=scaling).softmax(-1)
 
 
 @lru_cache(maxsize=64)

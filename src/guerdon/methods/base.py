@@ -20,7 +20,7 @@ import numpy as np
 from guerdon.errors import ConfigError, DataError, near
 from guerdon.fields import check_range
 from guerdon.plugins import load_plugins
-from guerdon.training.config import Training
+from guerdon.training.config import LanguageTraining, Training
 from guerdon.training.loggers import check_sinks
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from guerdon.language.packing import Batch
     from guerdon.training.language import LanguageRun
 
-LearnsFrom = Literal["demonstrations", "preferences", "verifier"]
+LearnsFrom = Literal["demonstrations", "preferences", "verifier", "transitions", "environment"]
+Kind = Literal["language", "control"]
 Metrics = dict[str, Any]  # numbers, or tensors of values of which the mean over the global batch is reported
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -40,13 +41,14 @@ M = TypeVar("M", bound="type[Method]")
 
 
 def method(
-    name: str, *, learns_from: LearnsFrom, paper: int | tuple[int, ...] = (), policy: str = "language"
+    name: str, *, learns_from: LearnsFrom, paper: int | tuple[int, ...] = (), policy: Kind = "language"
 ) -> Callable[[M], M]:
     """Register a method dataclass under the name that the command line uses.
 
     Args:
         name: as typed, `guerdon train NAME`.
-        learns_from: the least that the feedback must say: demonstrations, preferences (or scores), or a verifier.
+        learns_from: the least that the feedback must say: demonstrations, preferences (or scores), or a verifier; of
+            control methods, whether they learn from logged transitions or in an environment.
         paper: id(s) of the paper(s) in the catalogue.
         policy: the kind of policy that is improved.
     """
@@ -90,10 +92,14 @@ class Method:
     name: ClassVar[str]
     papers: ClassVar[tuple[int, ...]]
     learns_from: ClassVar[LearnsFrom]
-    policy: ClassVar[str]
+    policy: ClassVar[Kind]
+    training: ClassVar[type[Training]] = LanguageTraining  # the runner's options for its kind of policy
 
     def check(self) -> None:
         """Raise `ConfigError` where options contradict each other; called before anything is loaded."""
+
+    def check_loop(self, training: Any) -> None:
+        """Raise `ConfigError` where the options of the loop cannot be meant, or do not go with the runner's."""
 
     def setup(self, run: Any) -> None:
         """Build what has state (a value model, a queue) and hand it to the run, which saves and restores it."""
@@ -140,6 +146,29 @@ class LanguageMethod(Method):
     per_completion: ClassVar[bool] = False
     # What the forward pass has to return beside log-probs.
     wants: ClassVar[frozenset[Literal["logps", "entropy", "scores", "values"]]] = frozenset({"logps"})
+
+    def check_loop(self, training: LanguageTraining) -> None:
+        check_range(vars(self), "batch_size", "epochs", "max_length", "max_draws", low=1)
+        check_range(vars(self), "lr", "weight_decay", "max_grad_norm")
+        check_range(vars(self), "adam_eps", above=True)
+        check_range(vars(self), "warmup", high=1)
+        check_range(vars(self), "adam_beta1", "adam_beta2", high=1, below=True)
+        if training.task is None:
+            if self.learns_from == "verifier":
+                raise ConfigError(
+                    f"{self.name} learns from a verifier: give a task instead of data. "
+                    f"`guerdon inspect {training.data}` says which methods can learn from the data."
+                )
+            return
+        check_range(vars(self), "rounds", "prompts_per_round", "group_size", low=1)
+        check_sampling(vars(self), above=True)
+        per_round = self.prompts_per_round * self.group_size
+        if 0 < training.max_samples < per_round:
+            raise ConfigError(
+                f"a budget of {training.max_samples} samples is less than one round of {self.name}, which samples "
+                f"{self.prompts_per_round} prompts {self.group_size} times: it must be at least {per_round}, or "
+                "prompts_per_round or group_size lower."
+            )
 
     def check_feedback(self, feedback: Feedback) -> None:
         """Raise `DataError` where the feedback does not say what this method learns from; it names those that could."""
@@ -214,33 +243,8 @@ def check_options(method: Method, training: Training) -> None:
     """
     training.check()
     check_sinks(training.log_to)
-    if isinstance(method, LanguageMethod):
-        _check_loop(method, training)
+    method.check_loop(training)
     method.check()
-
-
-def _check_loop(method: LanguageMethod, training: Training) -> None:
-    check_range(vars(method), "batch_size", "epochs", "max_length", "max_draws", low=1)
-    check_range(vars(method), "lr", "weight_decay", "max_grad_norm")
-    check_range(vars(method), "adam_eps", above=True)
-    check_range(vars(method), "warmup", high=1)
-    check_range(vars(method), "adam_beta1", "adam_beta2", high=1, below=True)
-    if training.task is None:
-        if method.learns_from == "verifier":
-            raise ConfigError(
-                f"{method.name} learns from a verifier: give a task instead of data. "
-                f"`guerdon inspect {training.data}` says which methods can learn from the data."
-            )
-        return
-    check_range(vars(method), "rounds", "prompts_per_round", "group_size", low=1)
-    check_sampling(vars(method), above=True)
-    per_round = method.prompts_per_round * method.group_size
-    if 0 < training.max_samples < per_round:
-        raise ConfigError(
-            f"a budget of {training.max_samples} samples is less than one round of {method.name}, which samples "
-            f"{method.prompts_per_round} prompts {method.group_size} times: it must be at least {per_round}, or "
-            "prompts_per_round or group_size lower."
-        )
 
 
 def check_sampling(options: Mapping[str, Any], above: bool = False) -> None:
@@ -260,6 +264,8 @@ _NEEDS = {
     "demonstrations": "answers to imitate",
     "preferences": "preferences or scores",
     "verifier": "a verifier (--task instead of --data)",
+    "transitions": "logged transitions of an environment (minari:ID, .npz or .hdf5)",
+    "environment": "an environment (--env instead of --data)",
 }
 
 

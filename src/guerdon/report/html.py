@@ -22,7 +22,7 @@ from guerdon import __version__
 from guerdon.errors import ConfigError
 from guerdon.evaluation.compare import Comparison, load_comparison
 from guerdon.evaluation.comparison import Row
-from guerdon.evaluation.metrics import Evaluation, kind_of
+from guerdon.evaluation.metrics import Evaluation, aligned, kind_of, load_evaluations
 from guerdon.evaluation.statistics import Interval, score_interval
 from guerdon.evaluation.trials import EVALUATION
 from guerdon.evaluation.wording import cost_texts, interval_text, number_text, shared_metrics
@@ -72,8 +72,8 @@ class _Trained:
 
     def add(self, directory: Path) -> None:
         run = RunDir(directory)
-        if rows := run.metrics():
-            self.metrics.append(rows)
+        if run.metrics():
+            self.metrics += [run.metrics(seed) for seed in range(run.config["training"].get("seeds", 1))]
         if not self.samples:
             self.samples = _samples(directory / "samples.jsonl")
 
@@ -119,8 +119,8 @@ def _comparison_page(c: Comparison) -> dict[str, Any]:
     trained = []
     for row in sorted((r for r in c.rows if r.method is not None), key=lambda r: list(colours).index(r.label)):
         trained.append(_Trained(row.label, colours[row.label]))
-        for seed in row.directories:
-            trained[-1].add(row.directories[seed])
+        for directory in dict.fromkeys(row.directories.values()):
+            trained[-1].add(directory)
     start = {f"eval/{name}": interval.value for name, interval in c.rows[0].metrics.items()}
     names = list(colours)
     training = settings["training"]
@@ -149,7 +149,7 @@ def _comparison_page(c: Comparison) -> dict[str, Any]:
             for row in c.rows
             for seed, error in row.failed.items()
         ],
-        "facts": _facts(c.directory, settings, [d for row in c.rows for d in row.directories.values()]),
+        "facts": _facts(c.directory, settings, [d for row in c.rows for d in dict.fromkeys(row.directories.values())]),
         "reproduce": c.command or _python_call(c),
     }
 
@@ -158,21 +158,26 @@ def _run_page(run: RunDir) -> dict[str, Any]:
     config, status, rows = run.config, run.status, run.metrics()
     shown = _Trained(config["method"], 0)
     shown.add(run.path)
-    evaluation = Evaluation.load(run.path / EVALUATION) if (run.path / EVALUATION).exists() else None
+    evaluations = list(load_evaluations(run.path / EVALUATION).values()) if (run.path / EVALUATION).exists() else []
     steps = rows[-1]["step"] if rows else 0
     states = {"done": "finished", "failed": "failed", "stopped": "was stopped", "killed": "was killed"}
     verdict = [f"{config['method']} {states.get(status['state'], 'is under way')} after {steps:,} updates."]
     metrics: dict[str, Interval] = {}
-    if evaluation:
-        for name, values in evaluation.metrics.items():
-            known = values[~np.isnan(values)]
-            if len(known):
-                metrics[name] = score_interval(known[None], span=kind_of(name).span)
-        label = kind_of(evaluation.primary).label
-        verdict.append(
-            f"Its policy reaches {label} {interval_text(metrics[evaluation.primary])} on {len(evaluation.items):,} "
-            "held-out items. One run is no result about the method: the interval covers the choice of items only."
-        )
+    if evaluations:
+        first = evaluations[0]
+        for name in first.metrics:
+            values = aligned(evaluations, name)[0]
+            if values.size:
+                metrics[name] = score_interval(values, span=kind_of(name).span)
+        label, items = kind_of(first.primary).label, f"{len(first.items):,} held-out items"
+        if len(evaluations) == 1:
+            of, covers = (
+                "Its policy reaches",
+                "One run is no result about the method: the interval covers the choice of items only.",
+            )
+        else:
+            of, covers = f"The policies of its {len(evaluations)} seeds reach", "The interval covers seeds and items."
+        verdict.append(f"{of} {label} {interval_text(metrics[first.primary])} on {items}. {covers}")
     else:
         verdict.append("It has not been evaluated: `guerdon evaluate` does that.")
     error = status.get("error")
@@ -273,7 +278,7 @@ def _pairs(c: Comparison) -> dict[str, Any] | None:
 
 
 def _chips(training: Mapping[str, Any], budget: Mapping[str, int]) -> list[tuple[str, str]]:
-    chips = [(name, str(training[name])) for name in ("model", "data", "task") if training.get(name)]
+    chips = [(name, str(training[name])) for name in ("model", "data", "task", "env") if training.get(name)]
     spent = ", ".join(f"{amount:,} {unit}" for unit, amount in budget.items())
     return [*chips, ("budget per trial", spent)] if spent else chips
 

@@ -13,15 +13,38 @@ SAMPLERS = ("local", "vllm")
 
 @dataclass(kw_only=True)
 class Training:
-    """Options of the runner, the same for every method."""
+    """Options of the runner, whatever is trained."""
+
+    data: str | None = None  # what there is to learn from
+    out: str = "run"  # run directory
+    seed: int = 0  # of data order, sampling and initialisation
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matmuls; master weights stay fp32
+    max_updates: int = 0  # stop after this many updates; 0 goes on to the end
+    max_samples: int = 0  # stop after this many samples; 0 goes on to the end
+    eval_every: int = 0  # updates between evaluations; 0 only at the end
+    checkpoint_every: int = 50  # updates between checkpoints
+    keep_checkpoints: int = 2  # the latest ones that are kept
+    patience: int = 0  # stop after this many evaluations without a better one; 0 never
+    log_to: tuple[str, ...] = ()  # beside metrics.jsonl and tensorboard: wandb, mlflow, trackio
+    threads: int = 0  # CPU threads; 0 leaves the default
+
+    def check(self) -> None:
+        """Raise `ConfigError` where a value cannot be meant, or two contradict each other; nothing is loaded for it."""
+        if self.patience and not self.eval_every:
+            raise ConfigError("patience counts evaluations, and eval_every is 0, so that there is only the last one.")
+        check_range(vars(self), "seed", "max_updates", "max_samples", "eval_every", "checkpoint_every")
+        check_range(vars(self), "keep_checkpoints", "patience", "threads")
+
+
+@dataclass(kw_only=True)
+class LanguageTraining(Training):
+    """Options of the runner for language policies."""
 
     model: str  # hub id, local directory, GGUF file, smollm2-135m, or tiny:layers=2,width=64,...
     data: str | None = None  # feedback: file, saved dataset directory or hub id
     eval_data: str | None = None  # held-out feedback; without it a share of `data` is held out by prompt
     task: str | None = None  # reasoning-gym:NAME?param=value, or a prompt file with a verifier
     verifier: str | None = None  # for a prompt file: exact, regex, math, or python:module.function
-    out: str = "run"  # run directory
-    seed: int = 0  # of data order, sampling and initialisation
     holdout: float = 0.1  # share of the prompts of `data` that is held out; 0 learns from all, evaluates nothing
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matmuls; master weights and log-sum-exp stay fp32
     max_tokens: int = 4096  # unique tokens in one forward pass: bounds the memory, never changes a result
@@ -31,21 +54,15 @@ class Training:
     sampler: str = "local"  # local, vllm, or the address of an OpenAI-compatible server
     overlong: Literal["refuse", "cut", "drop"] = "cut"  # what is done with records beyond max_length; always counted
     skip_bad: bool = False  # go on past rows that cannot be read; they are counted and listed
-    max_updates: int = 0  # stop after this many updates; 0 goes on to the end
     max_samples: int = 0  # with a task: stop after this many sampled completions; 0 goes on to the end
     eval_every: int = 0  # updates between evaluations on held-out items; 0 only at the end
     eval_items: int = 200  # held-out items in each evaluation
     eval_samples: int = 4  # with a task: completions per held-out prompt, for pass@k up to this k
     eval_temperature: float = 1.0  # with a task: sampling temperature of evaluations; 0 takes the likeliest token
     eval_max_new_tokens: int = 256  # with a task: tokens a completion may have in evaluations
-    checkpoint_every: int = 50  # updates between checkpoints
-    keep_checkpoints: int = 2  # the latest ones that are kept
-    patience: int = 0  # stop after this many evaluations without a better one; 0 never
-    log_to: tuple[str, ...] = ()  # beside metrics.jsonl and tensorboard: wandb, mlflow, trackio
-    threads: int = 0  # CPU threads; 0 leaves the default
 
     def check(self) -> None:
-        """Raise `ConfigError` where a value cannot be meant, or two contradict each other; nothing is loaded for it."""
+        super().check()
         if (self.data is None) == (self.task is None):
             found = "nothing to learn from is given" if self.data is None else "both data and task are given"
             raise ConfigError(f"{found}: give either data or task (feedback, or prompts with a verifier).")
@@ -60,13 +77,41 @@ class Training:
                 f"no sampler is called '{self.sampler}'.{near(self.sampler, SAMPLERS)} It is {', '.join(SAMPLERS)}, or "
                 "the address of an OpenAI-compatible server (http://...)."
             )
-        if self.patience and not self.eval_every:
-            raise ConfigError("patience counts evaluations, and eval_every is 0, so that there is only the last one.")
         if self.eval_every and self.task is None and not (self.holdout or self.eval_data):
             raise ConfigError(
                 "eval_every is set, but nothing is held out to evaluate on: raise holdout or give eval_data."
             )
         check_range(vars(self), "max_tokens", "eval_items", "eval_samples", "eval_max_new_tokens", low=1)
         check_range(vars(self), "holdout", high=1)
-        check_range(vars(self), "seed", "lora_rank", "max_updates", "max_samples", "eval_every", "eval_temperature")
-        check_range(vars(self), "checkpoint_every", "keep_checkpoints", "patience", "threads")
+        check_range(vars(self), "lora_rank", "eval_temperature")
+
+
+@dataclass(kw_only=True)
+class ControlTraining(Training):
+    """Options of the runner for control policies."""
+
+    data: str | None = None  # transitions: minari:ID, or an .npz or .hdf5 file; without it a method learns in `env`
+    env: str | None = (
+        None  # Gymnasium id; with data: where the policy is judged (Minari data sets know it)
+    )
+    seeds: int = 1  # trained together in one process: seed, seed + 1, ...
+    corrupt: tuple[str, ...] = ()  # ELEMENT[:RATE[:RANGE]][:adversarial], of data: obs, act, reward or dynamics
+    max_updates: int = 0  # with data: stop after this many updates; 0 goes on to the end
+    max_samples: int = 0  # without data: stop after this many environment steps of each seed; 0 goes on to the end
+    eval_every: int = 0  # updates (without data: environment steps) between evaluations; 0 only at the end
+    eval_episodes: int = 20  # episodes of each seed's policy in an evaluation, started alike for all methods
+    log_every: int = 1000  # updates (without data: environment steps) between rows of metrics
+    checkpoint_every: int = 50_000  # updates (without data: environment steps) between checkpoints
+    compile: bool = False  # compile the update with torch.compile: slow to start, faster then, the same numbers
+
+    def check(self) -> None:
+        super().check()
+        if self.data is None and self.env is None:
+            raise ConfigError("nothing to learn from is given: give data (transitions), or env (an environment).")
+        if self.data is None and self.corrupt:
+            raise ConfigError("corrupt damages data, and none is given: it cannot damage what an environment says.")
+        if self.data is None and self.max_updates:
+            raise ConfigError("without data the budget is counted in environment steps: give max_samples.")
+        if self.data is not None and self.max_samples:
+            raise ConfigError("with data the budget is counted in updates: give max_updates, not max_samples.")
+        check_range(vars(self), "seeds", "eval_episodes", "log_every", low=1)

@@ -24,7 +24,7 @@ from guerdon.language.store import load_groups, save_groups
 from guerdon.language.templates import prompt_ids, render_all, render_each, stop_ids
 from guerdon.lazy import torch
 from guerdon.tasks import Task, load_task
-from guerdon.training.config import Training
+from guerdon.training.config import LanguageTraining
 from guerdon.training.distributed import Distribution
 from guerdon.training.optim import MasterAdamW, learning_rate
 from guerdon.training.runner import BudgetSpent
@@ -69,7 +69,7 @@ class LanguageRun:
         cursor: how far the run has come.
     """
 
-    def __init__(self, method: LanguageMethod, config: Training, distribution: Distribution, directory: Path):
+    def __init__(self, method: LanguageMethod, config: LanguageTraining, distribution: Distribution, directory: Path):
         from guerdon.language.forward import GroupModel, supports_groups
         from guerdon.language.models import add_lora, fingerprint, load_model
 
@@ -466,7 +466,7 @@ class LanguageRun:
 
 
 def material(
-    config: Training, check: Callable[[Feedback], None] = lambda feedback: None
+    config: LanguageTraining, check: Callable[[Feedback], None] = lambda feedback: None
 ) -> tuple[Task | None, list[Record], list[Record], list[str]]:
     """The task (or None), records to learn from, held-out ones that no run ever trains on, and what to tell the user.
 

@@ -6,7 +6,13 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-_SHOWN = {"loss/total": "loss", "reward/mean": "reward", "preference/accuracy": "accuracy", "policy/kl": "kl"}
+_SHOWN = {
+    "loss/total": "loss",
+    "reward/mean": "reward",
+    "episode/return": "return",
+    "preference/accuracy": "accuracy",
+    "policy/kl": "kl",
+}
 _SECONDS_BETWEEN_LINES = 5.0
 _PARTS = 10_000  # of the bar
 
@@ -84,8 +90,9 @@ class Terminal:
         left = (time.monotonic() - began) * (1 - done) / (done - done_before) if done > done_before else 0.0
         total = round(step / done) if done else "?"
         parts = [f"step {step}/{total}", f"{_duration(left)} left"]
-        if "time/tokens_per_second" in self.shown:
-            parts.append(f"{self.shown['time/tokens_per_second']:.0f} tok/s")
+        for name, unit in (("time/tokens_per_second", "tok/s"), ("time/steps_per_second", "steps/s")):
+            if name in self.shown:
+                parts.append(f"{self.shown[name]:.0f} {unit}")
         parts += [f"{label} {self.shown[name]:.4g}" for name, label in _SHOWN.items() if name in self.shown]
         parts += [f"{name} {value:.4g}" for name, value in self.shown.items() if name.startswith("eval/")][:2]
         return "  ".join(parts)

@@ -2,7 +2,8 @@
 
     config.json          method, its options, the training options, the version of guerdon
     environment.json     machine and package versions (never environment variables)
-    metrics.jsonl        one JSON object per step; numbers that are not finite are the strings NaN, Infinity, -Infinity
+    metrics.jsonl        one JSON object per step; numbers that are not finite are the strings NaN, Infinity, -Infinity;
+                         a list has one number for each seed that the run trains
     status.json          running, done, stopped or failed, with the error
     checkpoints/step-*   written beside, synced to disk and then renamed: what has its name is whole
     policy/              the final policy
@@ -144,7 +145,7 @@ class RunDir:
 
     # Metrics
 
-    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+    def append(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add one step's row; for the step of the last row, add these metrics to that row. Survives a kill at once."""
         if self._last is None:
             self._last = max(self._rows(), key=lambda row: row[1], default=(-1, 0, {}))
@@ -164,9 +165,10 @@ class RunDir:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._last = (step, offset, row)
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """All whole rows, in order of steps."""
-        return [row for _, _, row in self._rows()]
+    def metrics(self, seed: int | None = None) -> list[dict[str, Any]]:
+        """All whole rows, in order of steps; of what they hold per seed, the mean, or the `seed`-th number."""
+        pick = mean if seed is None else lambda value: value[seed] if isinstance(value, list) else value
+        return [{name: pick(value) for name, value in row.items()} for _, _, row in self._rows()]
 
     def truncate_to(self, step: int) -> None:
         """Remove the rows after `step`, and a last line that a kill has torn."""
@@ -185,7 +187,7 @@ class RunDir:
         for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
             if not line.endswith(b"\n"):
                 return
-            row = {key: float(value) if isinstance(value, str) else value for key, value in json.loads(line).items()}
+            row = {key: _numeric(value) for key, value in json.loads(line).items()}
             yield int(row["step"]), offset, row
             offset += len(line)
 
@@ -270,7 +272,23 @@ class RunDir:
         return self.path / name
 
 
-def _plain(value: float) -> float | str:
+def mean(value: Any) -> Any:
+    """The mean of a list over the seeds that have a number, and anything else as it is."""
+    if not isinstance(value, list):
+        return value
+    known = [number for number in value if not math.isnan(number)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _numeric(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_numeric(item) for item in value]
+    return float(value) if isinstance(value, str) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import signal
 import threading
@@ -23,9 +22,9 @@ from guerdon.training.distributed import Distribution
 from guerdon.training.loggers import Sink
 from guerdon.training.optim import NonFiniteError
 from guerdon.training.progress import Progress, Silent
-from guerdon.training.rundir import RunDir
+from guerdon.training.rundir import RunDir, mean
 
-Evaluate = Callable[[Any], Mapping[str, float]]
+Evaluate = Callable[[Any], Mapping[str, Any]]
 
 
 class Stopped(KeyboardInterrupt):
@@ -37,9 +36,9 @@ class BudgetSpent(Exception):
 
 
 class Cursor(Protocol):
-    """How far a run has come. The loop sets `step`, the method all else."""
+    """How far a run has come. The method sets it; of `step` the loop takes care where a method yields each update."""
 
-    step: int  # updates done
+    step: int  # updates done; of a control method that learns in an environment, steps taken there by each seed
     samples: int  # completions or transitions sampled
     tokens: int  # unique tokens trained on
     done: float  # share of the run in [0, 1]
@@ -84,7 +83,9 @@ def run_loop(
     """Train to the end of the method or of the budget, from the latest checkpoint where there is one.
 
     Every step is a row of `metrics.jsonl`: what the method yields, `progress/` (samples, tokens and share of the run so
-    far) and `time/` (seconds, tokens per second). Evaluations run at step 0 and every `eval_every` updates where that
+    far) and `time/` (seconds, tokens or else steps per second). A method whose updates take microseconds moves the
+    cursor itself and yields once for many of them. A list among the metrics holds one number for each seed of the run;
+    such lists are kept in the row. Evaluations run at step 0 and every `eval_every` updates where that
     is set, and once at the end; they join the row of their step and leave the random states as they found them, so
     that they never change what is learned. An interrupted and resumed run leaves the same rows and the same policy as
     an uninterrupted one, bit for bit, except for `time/`. The final policy is exported to `policy/`.
@@ -157,15 +158,16 @@ class _Loop:
                 self._evaluate()
             steps = self.method.learn(run)
             while not self._over():
+                before = run.cursor.step
                 metrics = self._next(steps)
                 if metrics is None:
                     break
                 self._record(metrics)
                 step = run.cursor.step
-                if config.eval_every and step % config.eval_every == 0:
+                if _passed(config.eval_every, before, step):
                     self._evaluate()
                 stop = run.distribution.any(stop_asked())
-                if stop or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                if stop or _passed(config.checkpoint_every, before, step):
                     self._checkpoint()
                 if stop:
                     raise Stopped(f"stopped at step {step}. `guerdon resume {self.rundir.path}` goes on from there.")
@@ -216,7 +218,7 @@ class _Loop:
         cursor, most = self.run.cursor, self.config.max_updates
         return max(cursor.done, cursor.step / most) if most else cursor.done
 
-    def _next(self, steps: Iterator[Mapping[str, Any]]) -> dict[str, float] | None:
+    def _next(self, steps: Iterator[Mapping[str, Any]]) -> dict[str, Any] | None:
         """The metrics of the next update, or None at the end of the method or of its samples."""
         cursor = self.run.cursor
         start, step, tokens = time.perf_counter(), cursor.step, cursor.tokens
@@ -229,19 +231,22 @@ class _Loop:
             self._not_finite(step + 1, str(error), error)
         if yielded is None:
             return None
-        cursor.step = step + 1
-        metrics = {name: _number(value) for name, value in yielded.items()}
-        wrong = [f"{name} is {v}" for name, v in metrics.items() if name.startswith("loss/") and not math.isfinite(v)]
+        if cursor.step == step:
+            cursor.step = step + 1
+        metrics = {name: _numbers(value) for name, value in yielded.items()}
+        losses = {name: np.ravel(value) for name, value in metrics.items() if name.startswith("loss/")}
+        wrong = [f"{name} is {v[~np.isfinite(v)][0]}" for name, v in losses.items() if not np.isfinite(v).all()]
         if wrong:
             self._not_finite(cursor.step, f"{', '.join(wrong)}.")
         seconds = time.perf_counter() - start
+        unit, covered = ("tokens", cursor.tokens - tokens) if cursor.tokens else ("steps", cursor.step - step)
         return {
             **metrics,
             "progress/samples": cursor.samples,
             "progress/tokens": cursor.tokens,
             "progress/done": self._done(),
             "time/step": seconds,
-            "time/tokens_per_second": (cursor.tokens - tokens) / seconds,
+            f"time/{unit}_per_second": covered / seconds,
         }
 
     def _not_finite(self, step: int, what: str, cause: Exception | None = None) -> NoReturn:
@@ -264,24 +269,25 @@ class _Loop:
             again = f"`guerdon resume {self.rundir.path}` goes on from the last checkpoint."
             raise type(error)(f"{str(error).rstrip('.')}. When that is mended, {again}") from error
 
-    def _record(self, metrics: Mapping[str, float]) -> None:
+    def _record(self, metrics: Mapping[str, Any]) -> None:
         if self.main:
             step = self.run.cursor.step
             self.rundir.append(step, metrics)
+            means = {name: mean(value) for name, value in metrics.items()}
             for sink in self.sinks:
-                sink.log(step, metrics)
-            self.progress.update(step, self._done(), metrics)
+                sink.log(step, means)
+            self.progress.update(step, self._done(), means)
 
     def _evaluate(self) -> None:
         if self.evaluate is None:
             return
         state, start = rng_state(), time.perf_counter()
         with self._mendable():
-            metrics = {name: _number(value) for name, value in self.evaluate(self.run).items()}
+            metrics = {name: _numbers(value) for name, value in self.evaluate(self.run).items()}
         set_rng_state(state)
         self.evaluated = self.run.cursor.step
         if self.config.patience:
-            self.scores.append(self.score(metrics))
+            self.scores.append(self.score({name: mean(value) for name, value in metrics.items()}))
         self._record({**metrics, "time/evaluation": time.perf_counter() - start})
 
     def _checkpoint(self) -> None:
@@ -323,9 +329,16 @@ def _signals(progress: Progress) -> Iterator[Callable[[], bool]]:
         restore()
 
 
-def _number(value: Any) -> float:
-    """A number as it is, a tensor or an array as its mean."""
-    return value if isinstance(value, (int, float)) else float(torch.as_tensor(value).detach().double().mean())
+def _numbers(value: Any) -> Any:
+    """A number and a list of numbers (one per seed) as they are, a tensor or an array as its mean."""
+    if isinstance(value, (int, float, list)):
+        return value
+    return float(torch.as_tensor(value).detach().double().mean())
+
+
+def _passed(every: int, before: int, step: int) -> bool:
+    """Whether a multiple of `every` lies in (before, step]; 0 has none."""
+    return bool(every) and step // every > before // every
 
 
 def rng_state() -> dict[str, Any]:

@@ -1,0 +1,752 @@
+"""Networks whose parameters carry a leading axis of seeds: S networks are one batched computation.
+
+Nothing here mixes the seeds, so that each one's numbers are the same alone or beside others. Parameters are NaN until
+`initialise` or `load_state_dict` gives them values: what was forgotten stops a run instead of slowing it.
+
+One function, `affine`, is where the time goes. In `precision="bf16"` hidden layers multiply in bf16 from fp32 master
+weights; the last layer of every network stays fp32, as a value of 100 in bf16 is a multiple of 1/2.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from guerdon.control.spaces import Spec
+from guerdon.control.streams import Streams
+from guerdon.errors import ConfigError, near
+
+Activation = Literal["relu", "tanh", "elu", "leaky_relu"]
+Precision = Literal["fp32", "bf16"]
+How = Literal["torch", "orthogonal", "edac"]
+
+_aten = torch.ops.aten
+
+# name -> (in place, its gradient from the gradient of the output and the output)
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "relu": (torch.relu_, lambda g, y: _aten.threshold_backward(g, y, 0)),
+    "tanh": (torch.tanh_, _aten.tanh_backward),
+    "elu": (F.elu_, lambda g, y: _aten.elu_backward(g, 1.0, 1.0, 1.0, True, y)),
+    "leaky_relu": (F.leaky_relu_, lambda g, y: _aten.leaky_relu_backward(g, y, 0.01, True)),
+}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_LOG_2PI = math.log(2 * math.pi)
+
+# Above so many multiplications one oneDNN call for each matrix is worth its 12 microseconds: where torch's fp32 goes to
+# MKL and the CPU is not Intel's, that has half of oneDNN's speed.
+_ONEDNN_FROM = 2**21 if torch.backends.mkldnn.is_available() else math.inf
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a (N, M, K) times b (N, K, O), plus bias (N, O)."""
+    if (
+        a.dtype == torch.float32
+        and a.device.type == "cpu"
+        and a.shape[1] * a.shape[2] * b.shape[2] >= _ONEDNN_FROM
+        and not torch.is_grad_enabled()  # within a gradient of a gradient: oneDNN's call has none
+    ):
+        linear, rows = torch.ops.mkldnn._linear_pointwise, range(len(a))
+        return torch.stack(
+            [linear(a[n], b[n].t(), None if bias is None else bias[n], "none", [], "") for n in rows]
+        )
+    return torch.bmm(a, b) if bias is None else torch.baddbmm(bias.unsqueeze(1), a, b)
+
+
+def _layer(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None, dtype: torch.dtype) -> Tensor:
+    """activation(x W^T + b) of x (N, B, I) for N networks, composed of torch's own differentiable operations."""
+    y = torch.baddbmm(bias.to(dtype).unsqueeze(1), x.to(dtype), weight.to(dtype).transpose(1, 2))
+    return y if activation is None else _ACTIVATIONS[activation][0](y)
+
+
+class _Layers(torch.autograd.Function):
+    """`_layer` after `_layer` in one node of the graph: hidden ones in `dtype`, a head without activation in fp32.
+
+    Saves each layer's output and no pre-activation, and casts each weight once for both passes. A gradient of the
+    gradient is left to the composed form.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, activation: Activation, dtype: torch.dtype, head: bool, *parameters: Tensor
+    ) -> Tensor:
+        kinds = [dtype] * (len(parameters) // 2 - head) + [torch.float32] * head
+        kept, cast = [], []
+        y = x
+        for weight, bias, kind in zip(parameters[::2], parameters[1::2], kinds, strict=True):
+            weight, y = weight.to(kind), y.to(kind)
+            kept.append(y)
+            cast.append(weight)
+            y = _product(y, weight.transpose(1, 2), bias.to(kind))
+            if len(kept) <= len(kinds) - head:
+                y = _ACTIVATIONS[activation][0](y)
+        ctx.save_for_backward(x, *parameters, *kept, *cast, *([] if head else [y]))
+        ctx.activation, ctx.kinds, ctx.head = activation, kinds, head
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        depth, saved = len(ctx.kinds), ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _Layers._differentiable(ctx, gradient, saved[: 1 + 2 * depth])
+        outputs, weights = saved[1 + 2 * depth : 1 + 3 * depth], saved[1 + 3 * depth : 1 + 4 * depth]
+        derivative = _ACTIVATIONS[ctx.activation][1]
+        result: list[Tensor | None] = []
+        for i in range(depth - 1, -1, -1):
+            if i < depth - ctx.head:
+                gradient = derivative(gradient.to(ctx.kinds[i]), outputs[i + 1].to(ctx.kinds[i]) if i + 1 < depth else saved[-1])
+            wanted = ctx.needs_input_grad[4 + 2 * i]
+            result += [
+                gradient.sum(1).float() if wanted else None,
+                _product(gradient.transpose(1, 2), outputs[i]).float() if wanted else None,
+            ]
+            if i or ctx.needs_input_grad[0]:
+                gradient = _product(gradient, weights[i])
+        return (gradient.to(saved[0].dtype) if ctx.needs_input_grad[0] else None, None, None, None, *reversed(result))
+
+
+class Linear(nn.Module):
+    """S linear layers, or S x K of an ensemble.
+
+    Args:
+        seeds: S.
+        inputs: I.
+        outputs: O.
+        members: K, or None for no axis of members.
+        activation: applied to the result.
+        precision: of the product; "bf16" returns bf16.
+    """
+
+    def __init__(
+        self,
+        seeds: int,
+        inputs: int,
+        outputs: int,
+        members: int | None = None,
+        *,
+        activation: Activation | None = None,
+        precision: Precision = "fp32",
+    ) -> None:
+        super().__init__()
+        lead = (seeds,) if members is None else (seeds, members)
+        self.members, self.activation, self.dtype = members, activation, _DTYPES[precision]
+        self.fan_in = inputs  # what `initialise` scales by
+        self.weight = _parameter(*lead, outputs, inputs)
+        self.bias = _parameter(*lead, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(S, [K,] B, I) -> (S, [K,] B, O); every member sees the same x where it has no axis of members."""
+        if self.members is None:
+            return affine(x, self.weight, self.bias, self.activation, self.dtype)
+        if x.ndim == 3:
+            x = x.unsqueeze(1).expand(-1, self.members, -1, -1)
+        lead = x.shape[:2]
+        y = affine(
+            x.flatten(0, 1), self.weight.flatten(0, 1), self.bias.flatten(0, 1), self.activation, self.dtype
+        )
+        return y.unflatten(0, lead)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, with a scale and a shift for each seed (and member)."""
+
+    def __init__(self, seeds: int, size: int, members: int | None = None) -> None:
+        super().__init__()
+        lead = (seeds,) if members is None else (seeds, members)
+        self.weight, self.bias = _parameter(*lead, 1, size), _parameter(*lead, 1, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(S, [K,] B, size), any precision, to the same shape in fp32."""
+        return torch.addcmul(self.bias, F.layer_norm(x.float(), x.shape[-1:]), self.weight)
+
+
+class MLP(nn.Module):
+    """Fully connected layers: linear, (normalisation,) activation, as often as `hidden` says, and a linear head.
+
+    Args:
+        seeds: S.
+        inputs: I.
+        hidden: widths of the hidden layers.
+        outputs: O, or None for no head: the last hidden layer is the result.
+        members: K members of an ensemble, or None for no axis of members.
+        activation: relu, tanh, elu or leaky_relu.
+        layer_norm: normalise before every activation.
+        precision: of the products in hidden layers.
+    """
+
+    def __init__(
+        self,
+        seeds: int,
+        inputs: int,
+        hidden: Sequence[int],
+        outputs: int | None,
+        members: int | None = None,
+        *,
+        activation: Activation = "relu",
+        layer_norm: bool = False,
+        precision: Precision = "fp32",
+    ) -> None:
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise ConfigError(
+                f"no activation is called '{activation}'.{near(activation, _ACTIVATIONS)} "
+                f"There are {', '.join(_ACTIVATIONS)}."
+            )
+        self.activation = _ACTIVATIONS[activation][0]
+        sizes = [inputs, *hidden]
+        fused: Activation | None = None if layer_norm else activation
+        self.layers = nn.ModuleList(
+            Linear(seeds, i, o, members, activation=fused, precision=precision)
+            for i, o in zip(sizes, sizes[1:], strict=False)
+        )
+        self.norms = nn.ModuleList(LayerNorm(seeds, width, members) for width in hidden if layer_norm)
+        self.head = None if outputs is None else Linear(seeds, sizes[-1], outputs, members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(S, B, I) -> (S, [K,] B, O), fp32."""
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if self.norms:
+                x = self.activation(self.norms[i](x))
+        return x.float() if self.head is None else self.head(x)
+
+
+class ConvEncoder(nn.Module):
+    """A convolutional encoder of images: convolutions, then one fully connected layer, each with ReLU.
+
+    By default images of 36 pixels and more get the three layers of the DQN paper (Mnih et al. 2015: 32 of 8x8 with
+    stride 4, 64 of 4x4 with stride 2, 64 of 3x3; 512 features) and their bytes are divided by 255; smaller ones, which
+    are maps of symbols (MinAtar, MiniGrid), get one layer (16 of 3x3; 128 features) and are taken as they are.
+
+    Args:
+        seeds: S.
+        observation: (channels, height, width).
+        layers: (filters, size, stride) of each convolution.
+        features: width of the fully connected layer.
+        scale: what bytes are divided by.
+        precision: of the products.
+    """
+
+    def __init__(
+        self,
+        seeds: int,
+        observation: Sequence[int],
+        layers: Sequence[tuple[int, int, int]] | None = None,
+        features: int | None = None,
+        scale: float | None = None,
+        *,
+        precision: Precision = "fp32",
+    ) -> None:
+        super().__init__()
+        channels, *size = observation
+        large = min(size) >= 36
+        layers = layers or (((32, 8, 4), (64, 4, 2), (64, 3, 1)) if large else ((16, 3, 1),))
+        self.features = features or (512 if large else 128)
+        self.scale = scale or (255.0 if large else 1.0)
+        self.strides = [stride for _, _, stride in layers]
+        self.dtype = _DTYPES[precision]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for filters, width, stride in layers:
+            self.weights.append(_parameter(seeds, filters, channels, width, width))
+            self.biases.append(_parameter(seeds, filters))
+            channels, size = filters, [(n - width) // stride + 1 for n in size]
+        if min(size) < 1:
+            raise ConfigError(
+                f"an image of {observation[1]}x{observation[2]} is too small for convolutions of "
+                f"{', '.join(f'{width}x{width} with stride {stride}' for _, width, stride in layers)}."
+            )
+        self.linear = Linear(seeds, channels * math.prod(size), self.features, activation="relu", precision=precision)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (S, B, C, H, W), bytes or float, to features (S, B, `features`), fp32."""
+        maps = [self._convolve(k, x) for k, x in enumerate(images)]  # one by one: faster than grouped convolutions
+        return self.linear(torch.stack(maps)).float()
+
+    def _convolve(self, k: int, x: Tensor) -> Tensor:
+        x = x.to(self.dtype, memory_format=torch.channels_last) / self.scale
+        for weight, bias, stride in zip(self.weights, self.biases, self.strides, strict=True):
+            x = F.conv2d(x, weight[k].to(self.dtype), bias[k].to(self.dtype), stride).relu()
+        return x.flatten(1)
+
+
+class RecurrentEncoder(nn.Module):
+    """A GRU (Cho et al. 2014, in the form of `torch.nn.GRU`) over histories of observations.
+
+        r = sigmoid(W_r x + U_r h),  z = sigmoid(W_z x + U_z h),  n = tanh(W_n x + r * (U_n h)),  h <- (1 - z) n + z h
+
+    Args:
+        seeds: S.
+        inputs: size of one observation.
+        features: size of the state h.
+        precision: of the products that do not wait for one another (W x); the recurrent ones stay fp32.
+    """
+
+    def __init__(self, seeds: int, inputs: int, features: int, *, precision: Precision = "fp32") -> None:
+        super().__init__()
+        self.features = features
+        self.inner = Linear(seeds, inputs, 3 * features, precision=precision)
+        self.recurrent = Linear(seeds, features, 3 * features)
+        self.inner.fan_in = features
+
+    def forward(self, x: Tensor, state: Tensor | None = None, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Features after every observation, and the last state.
+
+        Args:
+            x: (S, B, T, inputs).
+            state: before the first observation, (S, B, features); None is 0.
+            first: (S, B, T), true where an observation is the first of an episode: the state before it is 0.
+
+        Returns:
+            (S, B, T, features) and (S, B, features).
+        """
+        seeds, batch, time, _ = x.shape
+        inner = self.inner(x.flatten(1, 2)).float().view(seeds, batch, time, -1)
+        state = x.new_zeros(seeds, batch, self.features, dtype=torch.float32) if state is None else state
+        states = []
+        for t in range(time):
+            if first is not None:
+                state = state.masked_fill(first[:, :, t, None], 0.0)
+            reset_x, update_x, new_x = inner[:, :, t].chunk(3, -1)
+            reset_h, update_h, new_h = self.recurrent(state).chunk(3, -1)
+            new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
+            state = torch.lerp(new, state, torch.sigmoid(update_x + update_h))
+            states.append(state)
+        return torch.stack(states, 2), state
+
+
+class _Network(nn.Module):
+    """What sees observations: an encoder where they are images, then an MLP."""
+
+    def __init__(
+        self,
+        seeds: int,
+        spec: Spec,
+        outputs: int,
+        hidden: Sequence[int] = (256, 256),
+        members: int | None = None,
+        *,
+        beside: int = 0,
+        activation: Activation = "relu",
+        layer_norm: bool = False,
+        precision: Precision = "fp32",
+    ) -> None:
+        super().__init__()
+        self.seeds, self.spec = seeds, spec
+        self.encoder = ConvEncoder(seeds, spec.observation, precision=precision) if spec.image else None
+        self.mlp = MLP(
+            seeds,
+            (self.encoder.features if self.encoder else math.prod(spec.observation)) + beside,
+            hidden,
+            outputs,
+            members,
+            activation=activation,
+            layer_norm=layer_norm,
+            precision=precision,
+        )
+        self.options = {
+            "hidden": list(hidden),
+            "activation": activation,
+            "layer_norm": layer_norm,
+            "precision": precision,
+        }
+
+    def outputs(self, obs: Tensor, *beside: Tensor) -> Tensor:
+        features = self.encoder(obs) if self.encoder else obs.flatten(2).float()
+        return self.mlp(torch.cat([features, *beside], -1) if beside else features)
+
+
+class Value(_Network):
+    """V(s). `hidden`, `activation`, `layer_norm` and `precision` are those of `MLP`, here as in all that follows."""
+
+    def __init__(self, seeds: int, spec: Spec, hidden: Sequence[int] = (256, 256), **options: Any) -> None:
+        super().__init__(seeds, spec, 1, hidden, **options)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Observations (S, B, *obs) to values (S, B)."""
+        return self.outputs(obs).squeeze(-1)
+
+
+class QEnsemble(_Network):
+    """K critics Q_k(s, a) of continuous actions; of images all members share one encoder."""
+
+    def __init__(
+        self, seeds: int, spec: Spec, hidden: Sequence[int] = (256, 256), members: int = 2, **options: Any
+    ) -> None:
+        super().__init__(seeds, spec, 1, hidden, members, beside=spec.actions, **options)
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Observations (S, B, *obs) and actions (S, B, A) to values (S, K, B)."""
+        return self.outputs(obs, action).squeeze(-1)
+
+
+class DiscreteQ(_Network):
+    """Q(s, .) of discrete actions.
+
+    Args:
+        members: K members of an ensemble, or None for no axis of members.
+        dueling: Q = V + A - mean over actions of A, the last layer giving V and A (Wang et al. 2016).
+    """
+
+    def __init__(
+        self,
+        seeds: int,
+        spec: Spec,
+        hidden: Sequence[int] = (256, 256),
+        members: int | None = None,
+        dueling: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(seeds, spec, spec.actions + dueling, hidden, members, **options)
+        self.dueling = dueling
+        self.options |= {"members": members, "dueling": dueling}
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Observations (S, B, *obs) to values (S, B, A), or (S, K, B, A) with members."""
+        q = self.outputs(obs)
+        if not self.dueling:
+            return q
+        value, advantage = q[..., :1], q[..., 1:]
+        return value + advantage - advantage.mean(-1, keepdim=True)
+
+
+# Actors
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A normal distribution over actions, each dimension for itself; with bounds, of a tanh between them.
+
+        a = mean + std * noise,  or  a = centre + half * tanh(mean + std * noise)
+
+    Attributes:
+        mean: (S, B, A).
+        log_std: broadcasts to `mean`.
+        centre, half: of the range of squashed actions, (A,); None does not squash.
+    """
+
+    mean: Tensor
+    log_std: Tensor
+    centre: Tensor | None = None
+    half: Tensor | None = None
+
+    @property
+    def mode(self) -> Tensor:
+        """The action without noise, (S, B, A)."""
+        return self._squash(self.mean)
+
+    def sample(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions (S, B, A) from standard normal noise, differentiable, and their log-probs (S, B)."""
+        free = self.mean + self.log_std.exp() * noise
+        return self._squash(free), self._log_prob(free, noise)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Log-probs (S, B) of actions (S, B, A); squashed ones count as at most 1 - 1e-6 of the way to a bound."""
+        free = action
+        if self.half is not None:
+            free = torch.atanh(((action - self.centre) / self.half).clamp(-1 + 1e-6, 1 - 1e-6))
+        return self._log_prob(free, (free - self.mean) * (-self.log_std).exp())
+
+    def entropy(self) -> Tensor:
+        """Entropy (S, B), before squashing if there is any: squashed, it has no closed form."""
+        return (self.log_std.expand_as(self.mean) + 0.5 * (1 + _LOG_2PI)).sum(-1)
+
+    def _squash(self, free: Tensor) -> Tensor:
+        if self.half is None or self.centre is None:
+            return free
+        return torch.addcmul(self.centre, torch.tanh(free), self.half)
+
+    def _log_prob(self, free: Tensor, noise: Tensor) -> Tensor:
+        terms = -0.5 * noise.square() - self.log_std - 0.5 * _LOG_2PI
+        if self.half is not None:  # log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), which no u makes infinite
+            terms = terms - 2 * (math.log(2) - free - F.softplus(-2 * free)) - self.half.log()
+        return terms.sum(-1)
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """A distribution over discrete actions from logits (S, B, A)."""
+
+    logits: Tensor
+
+    @property
+    def log_probs(self) -> Tensor:
+        """Log-probs of all actions, (S, B, A)."""
+        return self.logits.log_softmax(-1)
+
+    @property
+    def mode(self) -> Tensor:
+        """The likeliest actions, (S, B), int64."""
+        return self.logits.argmax(-1)
+
+    def sample(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions (S, B) from uniform noise (S, B, A), by Gumbel's trick, and their log-probs (S, B)."""
+        action = (self.logits - (-noise.clamp_min(1e-20).log()).log()).argmax(-1)
+        return action, self.log_prob(action)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Log-probs (S, B) of actions (S, B)."""
+        return self.log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+
+    def entropy(self) -> Tensor:
+        """Entropy (S, B)."""
+        logs = self.log_probs
+        return -(logs.exp() * logs).sum(-1)
+
+
+class Actor(_Network):
+    """A network that acts. `config` is plain data from which `build_actor` makes it again, without its parameters."""
+
+    kind: ClassVar[str]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"actor": self.kind, "seeds": self.seeds, "spec": asdict(self.spec), **self.options}
+
+    def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:
+        """Actions (S, B, A), or (S, B) where they are discrete, for observations (S, B, *obs).
+
+        Args:
+            streams: where exploration draws from, for each seed its own; None acts greedily.
+        """
+        raise NotImplementedError
+
+
+class _ContinuousActor(Actor):
+    """An actor whose actions have bounds."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, seeds: int, spec: Spec, outputs: int, hidden: Sequence[int], **options: Any) -> None:
+        if spec.discrete:
+            raise ConfigError(f"{type(self).__name__} acts with continuous actions, and these are discrete.")
+        super().__init__(seeds, spec, outputs, hidden, **options)
+        self.register_buffer("low", torch.tensor(spec.low), persistent=False)
+        self.register_buffer("high", torch.tensor(spec.high), persistent=False)
+
+    def _require_bounds(self) -> None:
+        if not all(map(math.isfinite, self.spec.low + self.spec.high)):
+            raise ConfigError(
+                f"{type(self).__name__} squashes actions between their bounds, and these have none: "
+                f"from {self.spec.low} to {self.spec.high}."
+            )
+
+    def squashed_range(self) -> tuple[Tensor, Tensor]:
+        """Centre and half width of the range of every dimension."""
+        return (self.high + self.low) / 2, (self.high - self.low) / 2
+
+
+class DeterministicActor(_ContinuousActor):
+    """centre + half * tanh(MLP(s)), between the bounds of the actions."""
+
+    kind = "deterministic"
+
+    def __init__(self, seeds: int, spec: Spec, hidden: Sequence[int] = (256, 256), **options: Any) -> None:
+        super().__init__(seeds, spec, spec.actions, hidden, **options)
+        self._require_bounds()
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Observations (S, B, *obs) to actions (S, B, A)."""
+        centre, half = self.squashed_range()
+        return torch.addcmul(centre, torch.tanh(self.outputs(obs)), half)
+
+    def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:
+        return self(obs)
+
+
+class GaussianActor(_ContinuousActor):
+    """A normal distribution over actions, `Gaussian`, with mean MLP(s).
+
+    Args:
+        squash: actions are a tanh of the normal variable, between their bounds; otherwise they are the variable itself,
+            and `act` clips it to the bounds.
+        state_dependent: the network gives the log of the standard deviation too; otherwise it is a parameter.
+        log_std: bounds to which the log of the standard deviation is clamped.
+    """
+
+    kind = "gaussian"
+
+    def __init__(
+        self,
+        seeds: int,
+        spec: Spec,
+        hidden: Sequence[int] = (256, 256),
+        *,
+        squash: bool = True,
+        state_dependent: bool = True,
+        log_std: tuple[float, float] = (-5.0, 2.0),
+        **options: Any,
+    ) -> None:
+        super().__init__(seeds, spec, spec.actions * (2 if state_dependent else 1), hidden, **options)
+        self.squash, self.bounds = squash, log_std
+        self.log_std = None if state_dependent else _parameter(seeds, 1, spec.actions)
+        self.options |= {"squash": squash, "state_dependent": state_dependent, "log_std": list(log_std)}
+        if squash:
+            self._require_bounds()
+
+    def forward(self, obs: Tensor) -> Gaussian:
+        """The distribution of actions for observations (S, B, *obs)."""
+        mean = self.outputs(obs)
+        mean, log_std = mean.chunk(2, -1) if self.log_std is None else (mean, self.log_std)
+        return Gaussian(mean, log_std.clamp(*self.bounds), *(self.squashed_range() if self.squash else ()))
+
+    def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:
+        found = self(obs)
+        action = found.mode if streams is None else found.sample(streams.normal("act", *found.mean.shape[1:]))[0]
+        return action if self.squash else torch.clamp(action, self.low, self.high)
+
+
+class CategoricalActor(Actor):
+    """A distribution over discrete actions, `Categorical`, with logits MLP(s)."""
+
+    kind = "categorical"
+
+    def __init__(self, seeds: int, spec: Spec, hidden: Sequence[int] = (256, 256), **options: Any) -> None:
+        super().__init__(seeds, spec, spec.actions, hidden, **options)
+
+    def forward(self, obs: Tensor) -> Categorical:
+        """The distribution of actions for observations (S, B, *obs)."""
+        return Categorical(self.outputs(obs))
+
+    def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:
+        found = self(obs)
+        return found.mode if streams is None else found.sample(streams.uniform("act", *found.logits.shape[1:]))[0]
+
+
+class GreedyQ(DiscreteQ, Actor):
+    """A `DiscreteQ` that takes the best action of the mean over its members, or with probability `epsilon` any.
+
+    Attributes:
+        epsilon: of acting with streams; a number, or one for each seed (S,).
+    """
+
+    kind = "greedy-q"
+    epsilon: float | Tensor = 0.0
+
+    def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:
+        q = self(obs)
+        best = (q if q.ndim == 3 else q.mean(1)).argmax(-1)
+        if streams is None:
+            return best
+        epsilon = torch.as_tensor(self.epsilon, device=best.device).view(-1, 1)
+        explores = streams.uniform("explore", best.shape[1]) < epsilon
+        return torch.where(explores, streams.integers("act", self.spec.actions, best.shape[1]), best)
+
+
+_ACTORS: dict[str, type[Actor]] = {
+    cls.kind: cls for cls in (DeterministicActor, GaussianActor, CategoricalActor, GreedyQ)
+}
+
+
+def build_actor(config: Mapping[str, Any]) -> Actor:
+    """The actor that `config` describes, its parameters still NaN.
+
+    Raises:
+        ConfigError: an actor that does not exist.
+    """
+    options = dict(config)
+    kind, seeds, spec = options.pop("actor"), options.pop("seeds"), Spec(**options.pop("spec"))
+    if kind not in _ACTORS:
+        raise ConfigError(f"no actor is called '{kind}'.{near(kind, _ACTORS)} There are {', '.join(_ACTORS)}.")
+    return _ACTORS[kind](seeds, spec, **options)
+
+
+# Parameters
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.full(shape, torch.nan))
+
+
+@torch.no_grad()
+def initialise(
+    module: nn.Module, seeds: Sequence[int], how: How = "torch", *, head_gain: float = 1.0, name: str | None = None
+) -> None:
+    """Give every parameter its first value, each seed's slice from the seed's own generator.
+
+        torch       weights and biases U(-1/sqrt(I), 1/sqrt(I)), as `nn.Linear`, `nn.Conv2d` and `nn.GRU` do
+        orthogonal  orthogonal weights with gain sqrt(2), and `head_gain` in the last layer; biases 0 (PPO)
+        edac        as torch, but hidden biases 0.1 and the last layer U(-3e-3, 3e-3) (An et al. 2021, in their code)
+
+    Normalisation starts as the identity, and a log-std that is a parameter at 0.
+
+    Args:
+        module: built from the classes of this file.
+        seeds: the S seeds.
+        how: see above.
+        head_gain: gain of the last layers of MLPs with `orthogonal`.
+        name: tells modules apart that are initialised from the same seeds; None is the name of the class.
+    """
+    if how not in get_args(How):
+        raise ConfigError(f"no initialisation is called '{how}'.{near(how, get_args(How))}")
+    generators = [_torch_generator(seed, name or type(module).__name__) for seed in seeds]
+    heads = {part.head for part in module.modules() if isinstance(part, MLP)}
+    for part in module.modules():
+        if isinstance(part, Linear):
+            _fill(part.weight, part.bias, part.fan_in, generators, how, head_gain if part in heads else None)
+        elif isinstance(part, ConvEncoder):
+            for weight, bias in zip(part.weights, part.biases, strict=True):
+                _fill(weight, bias, math.prod(weight.shape[2:]), generators, how, None)
+        elif isinstance(part, LayerNorm):
+            part.weight.fill_(1.0)
+            part.bias.zero_()
+        elif isinstance(part, GaussianActor) and part.log_std is not None:
+            part.log_std.zero_()
+
+
+def _fill(
+    weight: Tensor, bias: Tensor, fan_in: int, generators: list[torch.Generator], how: How, head_gain: float | None
+) -> None:
+    """Draw the parameters of one layer, on the CPU wherever they are; `head_gain` is None in hidden layers."""
+    hidden = head_gain is None
+    bound = 3e-3 if how == "edac" and not hidden else 1 / math.sqrt(fan_in)
+    for k, generator in enumerate(generators):
+        if how == "orthogonal":
+            matrix = _orthogonal(weight[k].flatten(1).shape if weight.ndim == 5 else weight[k].shape, generator)
+            weight[k] = (math.sqrt(2) if head_gain is None else head_gain) * matrix.view_as(weight[k])
+            bias[k] = 0.0
+        else:
+            weight[k] = torch.empty_like(weight[k], device="cpu").uniform_(-bound, bound, generator=generator)
+            drawn = torch.empty_like(bias[k], device="cpu").uniform_(-bound, bound, generator=generator)
+            bias[k] = 0.1 if how == "edac" and hidden else drawn
+
+
+def _torch_generator(seed: int, name: str) -> torch.Generator:
+    state = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> 1))
+
+
+def _orthogonal(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Matrices (..., O, I) with orthonormal rows, or columns where there are more rows."""
+    rows, columns = shape[-2:]
+    normal = torch.randn(*shape[:-2], max(rows, columns), min(rows, columns), generator=generator)
+    q, r = torch.linalg.qr(normal)
+    q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # uniform over the orthogonal matrices
+    return q if rows >= columns else q.mT
+
+
+@torch.no_grad()
+def ema_(target: nn.Module, source: nn.Module, rate: float) -> None:
+    """target <- (1 - rate) target + rate source, parameter by parameter."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within the block gradients flow through `module` to its inputs, and none are computed for its parameters."""
+    learned = [p for p in module.parameters() if p.requires_grad]
+    for p in learned:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learned:
+            p.requires_grad_(True)

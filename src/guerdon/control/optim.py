@@ -1,0 +1,119 @@
+"""Adam over parameters with the seed axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from guerdon.errors import GuerdonError
+from guerdon.lazy import torch
+
+
+class Adam:
+    """Adam (Kingma and Ba 2015), with decoupled weight decay AdamW (Loshchilov and Hutter 2019), for S seeds at once.
+
+    The numbers are those of `torch.optim.Adam` and `AdamW`; one fused call moves all parameters, and none of the seeds
+    sees another: Adam works number by number, and gradients are clipped by the norm over each seed's own parameters. A
+    parameter without a gradient counts as having the gradient 0.
+
+        optimizer.minimise(loss)        # or, as in torch: zero_grad(), loss.sum().backward(), step()
+
+    Args:
+        parameters: of one or more modules, each (S, ...).
+        lr: learning rate; the attribute may be set at any time.
+        betas: decay of the first and of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay; 0 is Adam.
+        max_grad_norm: each seed's gradient is scaled down to this 2-norm over all parameters; 0 does not clip.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 0.0,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.betas, self.eps, self.weight_decay, self.max_grad_norm = betas, eps, weight_decay, max_grad_norm
+        self.steps = torch.zeros((), device=self.parameters[0].device)
+        self.first = [torch.zeros_like(p) for p in self.parameters]
+        self.second = [torch.zeros_like(p) for p in self.parameters]
+        self.lr = lr
+
+    @property
+    def lr(self) -> float:
+        return self._lr
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        self._lr = lr
+        if self.steps.is_cuda:  # read on the device, so that a captured graph follows the schedule
+            self._rate = getattr(self, "_rate", torch.zeros_like(self.steps)).fill_(lr)
+
+    def minimise(self, loss: torch.Tensor) -> None:
+        """One step down the gradient of `loss` (S,), or a sum over seeds; gradients of other parameters are left."""
+        for p, gradient in zip(self.parameters, torch.autograd.grad(loss.sum(), self.parameters), strict=True):
+            p.grad = gradient.contiguous()  # the fused step reads memory, not strides
+        self.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for p in self.parameters:
+            p.grad = None
+
+    def step(self) -> None:
+        """Move the parameters by their gradients, which stay as they are but for the clipping."""
+        with torch.no_grad():
+            self._step(self._gradients())
+
+    def _step(self, gradients: list[torch.Tensor]) -> None:
+        if self.max_grad_norm:
+            scale = (self.max_grad_norm / (self.gradient_norms() + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, [scale.view(-1, *[1] * (g.ndim - 1)) for g in gradients])
+        self.steps += 1
+        fused = torch._fused_adamw_ if self.weight_decay else torch._fused_adam_
+        fused(
+            self.parameters,
+            gradients,
+            self.first,
+            self.second,
+            [],
+            [self.steps] * len(gradients),
+            lr=self._rate if self.steps.is_cuda else self._lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=self.weight_decay,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def gradient_norms(self) -> torch.Tensor:
+        """2-norm of each seed's gradient over all parameters, (S,); after a step with clipping, of the clipped one."""
+        squares = [g.detach().flatten(1).square().sum(1) for g in self._gradients()]
+        return torch.stack(squares).sum(0).sqrt()
+
+    def _gradients(self) -> list[torch.Tensor]:
+        for p in self.parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return [p.grad for p in self.parameters]  # type: ignore[misc]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, step count and learning rate; tensors are not copies."""
+        return {"steps": self.steps, "lr": self.lr, "first": list(self.first), "second": list(self.second)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` stood, bit for bit.
+
+        Raises:
+            GuerdonError: the state belongs to other networks.
+        """
+        if [tuple(t.shape) for t in state["first"]] != [tuple(p.shape) for p in self.parameters]:
+            raise GuerdonError("the optimiser's checkpoint is of other networks: their parameters have other shapes.")
+        torch._foreach_copy_([self.steps, *self.first, *self.second], [state["steps"], *state["first"], *state["second"]])
+        self.lr = state["lr"]

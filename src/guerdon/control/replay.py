@@ -1,0 +1,502 @@
+"""What was experienced or logged, with the seed axis in front, and the ways to draw batches from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import log
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from guerdon.control.datasets import Chained, Transitions
+from guerdon.control.priorities import SumTree
+from guerdon.control.spaces import Spec
+from guerdon.control.streams import Streams
+from guerdon.errors import ConfigError, DataError
+from guerdon.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_OPEN = 1 << 62  # the last step of an episode that has not ended
+
+
+@dataclass
+class Batch:
+    """Transitions (S, B, ...); sequences of them are (S, B, T, ...).
+
+    With n-step returns, `reward` is the discounted sum of the next `steps` rewards, and the other fields tell of the
+    last of these steps: the target is `reward + gamma ** steps * ~terminated * V(next_obs)`.
+    """
+
+    obs: Tensor
+    action: Tensor  # (S, B, A) float32, or (S, B) int64 where discrete
+    reward: Tensor  # (S, B) float32
+    next_obs: Tensor
+    terminated: Tensor  # (S, B) bool: nothing follows
+    truncated: Tensor  # (S, B) bool: something would follow
+    steps: Tensor  # (S, B) int64: how many rewards are in `reward`
+    weight: Tensor | None = None  # (S, B) float32: importance weights of prioritised sampling, at most 1
+    index: Tensor | None = None  # (S, B) int64: the rows
+    mask: Tensor | None = None  # (S, B, T) bool: the steps of a sequence that are no padding
+
+
+@dataclass(frozen=True)
+class Hindsight:
+    """Goals that were reached later stand in for those that were not (Andrychowicz et al. 2017, HER).
+
+    Observations are vectors that hold what is achieved and what is desired; Gymnasium's dict observations
+    `achieved_goal`, `desired_goal`, `observation` are flattened in this order. A relabelled transition gets as its goal
+    what was achieved after a step of its own episode, itself or a later one ("future"), after the last step so far
+    ("final"), or after any step ever ("random").
+    """
+
+    achieved: slice
+    desired: slice
+    reward: Callable[[Tensor, Tensor], Tensor]  # (achieved after the step, goal), each (S, B, G), -> (S, B)
+    terminal: Callable[[Tensor, Tensor], Tensor] | None = None  # likewise bool; None: goals end no episode
+    strategy: Literal["future", "final", "random"] = "future"
+    ratio: float = 0.8  # share of relabelled transitions: 4 of 5
+
+
+class Replay:
+    """A ring of the last `capacity` transitions for each of S seeds.
+
+    A row is one step of one copy; row `t * copies + c` is followed by that of the same copy at `t + 1`. Images are kept
+    once: the next observation is that of the following row, and only the last ones of episodes are kept apart; where
+    observations stack `frames` images, each is kept as its newest.
+
+    Args:
+        capacity: transitions per seed, over all copies.
+        seeds: S.
+        spec: of the environment.
+        streams: each seed's random numbers; batches come where these are.
+        copies: C, environments per seed, added together.
+        n_step: rewards that are summed up to the bootstrap. A sum ends early where the episode ends, by termination or
+            truncation, and at the newest step.
+        gamma: their discount.
+        priority: the exponent alpha of prioritised replay (Schaul et al. 2016); None draws uniformly.
+        frames: images that an observation stacks, as `make(frame_stack=...)` does.
+        hindsight: goals to relabel with.
+
+    Raises:
+        ConfigError: options that exclude each other.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        seeds: int,
+        spec: Spec,
+        streams: Streams,
+        *,
+        copies: int = 1,
+        n_step: int = 1,
+        gamma: float = 0.99,
+        priority: float | None = None,
+        frames: int = 1,
+        hindsight: Hindsight | None = None,
+    ) -> None:
+        if spec.observation[0] % frames or (frames > 1 and not spec.image):
+            raise ConfigError(f"observations {spec.observation} are no stack of {frames} images.")
+        first, *rest = spec.observation
+        shape = (first // frames, *rest)
+        steps = max(1, capacity // copies)
+        # Beside those that may be drawn, a ring of images holds the newest next one and what the oldest stack with.
+        rows = (steps + frames if spec.image else steps) * copies
+
+        def empty(kind: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(seeds, rows, *shape, dtype=kind, device=streams.device)
+
+        data = {
+            "obs": empty(torch.uint8 if spec.image else torch.float32, *shape),
+            "action": empty(torch.int64) if spec.discrete else empty(torch.float32, spec.actions),
+            "reward": empty(torch.float32),
+            "terminated": empty(torch.bool),
+            "truncated": empty(torch.bool),
+            "age": empty(torch.int64),
+            "end": empty(torch.int64),
+        }
+        if spec.image:
+            data["final"] = empty(torch.int64) - 1  # place in `_finals` where an episode ended
+            self._finals = torch.zeros(0, *shape, dtype=torch.uint8, device=streams.device)
+            self._free: list[int] = []
+        else:
+            data["next_obs"] = empty(torch.float32, *shape)
+        self._time = 0  # steps ever added
+        self._age = np.zeros((seeds, copies), np.int64)  # of the episodes in progress
+        self._begin(data, streams, seeds, steps, copies, n_step, gamma, priority, frames, hindsight)
+
+    @classmethod
+    def of(
+        cls,
+        transitions: Transitions,
+        seeds: int,
+        streams: Streams,
+        *,
+        n_step: int = 1,
+        gamma: float = 0.99,
+        priority: float | None = None,
+        hindsight: Hindsight | None = None,
+    ) -> Replay:
+        """Logged transitions, held once for all seeds (not copied where they can be used in place); see `Replay`.
+
+        Each seed draws in its own order. Nothing can be added.
+        """
+        replay = cls.__new__(cls)
+        device, following = streams.device, transitions.next_observations
+        lengths = transitions.lengths()
+        ages = np.arange(len(transitions)) - np.repeat(transitions.starts, lengths)
+        arrays = {
+            "obs": transitions.observations,
+            "action": transitions.actions,
+            "reward": transitions.rewards,
+            "terminated": transitions.terminated,
+            "truncated": transitions.truncated,
+            "age": ages,
+            "end": np.repeat(transitions.starts + lengths - 1, lengths),
+        }
+        if isinstance(following, Chained):
+            arrays["final"] = np.where(following._ends, np.cumsum(following._ends) - 1, -1)
+            replay._finals = torch.as_tensor(following._finals, device=device)
+        else:
+            arrays["next_obs"] = following
+        data = {name: torch.as_tensor(array, device=device)[None] for name, array in arrays.items()}
+        replay._time = len(transitions)
+        replay._begin(data, streams, seeds, len(transitions), 1, n_step, gamma, priority, 1, hindsight)
+        return replay
+
+    def _begin(
+        self,
+        data: dict[str, Tensor],
+        streams: Streams,
+        seeds: int,
+        steps: int,
+        copies: int,
+        n_step: int,
+        gamma: float,
+        priority: float | None,
+        frames: int,
+        hindsight: Hindsight | None,
+    ) -> None:
+        if hindsight and (n_step > 1 or "next_obs" not in data):
+            raise ConfigError("goals are relabelled in vectors and one step at a time: leave n_step at 1.")
+        self._data, self._streams, self._seeds = data, streams, seeds
+        self._steps, self._copies, self._frames = steps, copies, frames
+        self._n_step, self._gamma, self._hindsight = n_step, gamma, hindsight
+        self._shared, self._rows = len(data["obs"]) < seeds, data["obs"].shape[1]
+        self._flat = {name: tensor.flatten(0, 1) for name, tensor in data.items()}
+        self._arrays = (
+            {name: tensor.numpy() for name, tensor in data.items()} if data["obs"].device.type == "cpu" else {}
+        )
+        self._base = torch.arange(seeds, device=streams.device)[:, None] * (0 if self._shared else self._rows)
+        self._alpha = priority
+        if priority is not None:
+            self._tree = SumTree(seeds, self._rows, streams.device)
+            self._most = torch.ones(seeds, dtype=torch.float64, device=streams.device)  # the greatest weight so far
+            self._weighed = 0  # the time up to which rows have a weight
+
+    def __len__(self) -> int:
+        """Transitions of a seed that may be drawn."""
+        return min(self._time, self._steps) * self._copies
+
+    def add(
+        self,
+        obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        next_obs: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+    ) -> None:
+        """One step of every copy, each (S, C, ...); `next_obs` is the true one (`Step.final_obs`) where one ended."""
+        here, age, ended = self._at(self._time), self._age, terminated | truncated
+        if "final" in self._data:
+            channels = self._data["obs"].shape[2]
+            obs, next_obs = obs[:, :, -channels:], next_obs[:, :, -channels:]
+            self._release(here)
+            self._put("obs", self._at(self._time + 1), next_obs)
+        else:
+            self._put("next_obs", here, next_obs)
+        fields = {"obs": obs, "action": action, "reward": reward, "terminated": terminated, "truncated": truncated}
+        for name, value in (fields | {"age": age, "end": _OPEN}).items():
+            self._put(name, here, value)
+        self._time += 1
+        self._age = np.where(ended, 0, age + 1)
+        if ended.any():
+            self._close(ended, age, next_obs)
+
+    def cut(self) -> None:
+        """The next step added begins new episodes: those in progress count as truncated where they are."""
+        running = self._age > 0
+        if running.any():
+            newest = self._data["obs"][:, self._at(self._time)].cpu().numpy()  # read for images only
+            last = self._at(self._time - 1)
+            self._put("truncated", last, self._data["truncated"][:, last].cpu().numpy() | running)
+            self._close(running, self._age - 1, newest)
+            self._age = np.zeros_like(self._age)
+
+    def _at(self, time: int) -> slice:
+        """The rows of all copies at a time."""
+        first = time * self._copies % self._rows
+        return slice(first, first + self._copies)
+
+    def _put(self, name: str, rows: slice, value: Any) -> None:
+        if self._arrays:
+            self._arrays[name][:, rows] = value
+        else:
+            self._data[name][:, rows] = torch.as_tensor(value, device=self._streams.device)
+
+    def _close(self, ended: np.ndarray, age: np.ndarray, finals: np.ndarray) -> None:
+        """The newest steps of these copies (S, C), so many steps old, were the last of their episodes."""
+        for seed, copy in np.argwhere(ended):
+            times = np.arange(
+                max(self._time - 1 - age[seed, copy], self._time - self._rows // self._copies), self._time
+            )
+            rows = (times * self._copies + copy) % self._rows
+            self._data["end"][seed, torch.from_numpy(rows)] = self._time - 1
+            if "final" in self._data:
+                if not self._free:
+                    kept = len(self._finals)
+                    self._finals = torch.cat(
+                        [self._finals, self._finals.new_zeros(kept or 64, *self._finals.shape[1:])]
+                    )
+                    self._free = list(range(kept, len(self._finals)))
+                place = self._free.pop()
+                self._finals[place] = torch.as_tensor(finals[seed, copy])
+                self._data["final"][seed, int(rows[-1])] = place
+
+    def _release(self, rows: slice) -> None:
+        """Rows that are about to be overwritten need their last observations no longer."""
+        places = self._data["final"][:, rows]
+        self._free += places[places >= 0].tolist()
+        places.fill_(-1)
+
+    def sample(self, batch_size: int, beta: float = 1.0) -> Batch:
+        """A batch for each seed, drawn with replacement.
+
+        Args:
+            beta: with priorities, the exponent of the importance weights `(N P(i)) ** -beta`, which are divided by
+                the greatest of the batch.
+
+        Raises:
+            DataError: nothing is there yet.
+        """
+        if self._alpha is None:
+            index, weight = self._uniform("rows", batch_size), None
+        else:
+            index, weight = self._prioritised(batch_size, beta)
+        batch = self._gather(index)
+        batch.weight = weight
+        if self._hindsight is not None:
+            self._relabel(batch, index, self._hindsight)
+        return batch
+
+    def sequences(self, batch_size: int, length: int) -> Batch:
+        """Consecutive steps of one episode, (S, B, length, ...), around rows that are drawn uniformly.
+
+        A sequence begins at its row, or earlier where the episode (so far) would end too soon. Episodes shorter than
+        `length` are padded at the end with their last step; `mask` tells the steps that are none.
+        """
+        index = self._uniform("rows", batch_size)
+        left = self._left(index)
+        past = torch.minimum(self._take("age", index), self._when(index) - max(0, self._time - self._steps))
+        back = torch.minimum((length - 1 - left).clamp(min=0), past)
+        offset = torch.arange(length, device=index.device)
+        ahead = (left + back)[..., None]
+        rows = self._shift(index[..., None], torch.minimum(offset, ahead) - back[..., None])
+        obs = self._observed(rows)
+        return Batch(
+            obs,
+            self._take("action", rows),
+            self._take("reward", rows),
+            self._following(rows, obs),
+            self._take("terminated", rows),
+            self._take("truncated", rows),
+            torch.ones_like(rows),
+            index=rows,
+            mask=offset <= ahead,
+        )
+
+    def observations(self, index: Tensor) -> Tensor:
+        """What was seen in these rows (S, B): (S, B, *obs)."""
+        return self._observed(index)
+
+    def later(self, index: Tensor, steps: Tensor | int) -> Tensor:
+        """The rows so many steps after `index` (S, B), or the last ones of their episodes (so far) where these end."""
+        return self._shift(index, torch.clamp(self._left(index), max=steps))
+
+    def goals(
+        self,
+        index: Tensor,
+        *,
+        current: float = 0.2,
+        trajectory: float = 0.5,
+        random: float = 0.3,
+        gamma: float | None = None,
+    ) -> Tensor:
+        """Rows (S, B) whose observations serve as goals of the rows `index`, as OGBench draws them (Park et al. 2024).
+
+        Args:
+            current: probability of the row itself.
+            trajectory: of a later row of its episode: `min(i + k, last)`, with k geometric, P(k) = (1 - gamma)
+                gamma^(k-1) for k = 1, 2, ...; without `gamma` uniform over the later rows.
+            random: of any row, uniformly.
+        """
+        if min(current, trajectory, random) < 0 or abs(current + trajectory + random - 1) > 1e-6:
+            raise ConfigError(
+                f"shares of goals {current}, {trajectory}, {random}: they must be probabilities of sum 1."
+            )
+        branch, place = self._streams.uniform("replay/goals", index.shape[1], 2).unbind(-1)
+        if gamma is None:
+            ahead = (place * self._left(index)).long() + 1
+        else:
+            ahead = (torch.log1p(-place.double()) / log(gamma)).long() + 1
+        goal = torch.where(branch < trajectory, self.later(index, ahead), self._uniform("goals", index.shape[1]))
+        return torch.where(branch < 1 - current, goal, index)
+
+    def prioritise(self, index: Tensor, errors: Tensor) -> None:
+        """Give the rows `index` (S, B) the priorities `(|errors| + 1e-6) ** alpha`; new rows get the greatest so far."""
+        weight = (errors.double().abs() + 1e-6) ** self._alpha
+        self._tree.set(index, weight)
+        self._most = torch.maximum(self._most, weight.amax(1))
+
+    def _prioritised(self, batch_size: int, beta: float) -> tuple[Tensor, Tensor]:
+        """Rows, one from each of B parts of equal weight (Schaul et al. 2016, appendix B.2.1), and their corrections."""
+        self._require_some()
+        self._weigh()
+        parts = torch.arange(batch_size, device=self._base.device) + self._streams.uniform("replay/mass", batch_size)
+        total = self._tree.total[:, None]
+        index = self._tree.find(parts.double() / batch_size * total)
+        share = self._tree.weights.gather(1, index) / total
+        weight = (len(self) * share) ** -beta
+        return index, (weight / weight.amax(1, keepdim=True)).float()
+
+    def _weigh(self) -> None:
+        """Weights for the rows added since the last time, none for those that may no longer be drawn."""
+        if self._weighed == self._time:
+            return
+        oldest, copies = max(0, self._time - self._steps), np.arange(self._copies)
+        for first, last, weight in (
+            (max(0, self._time - self._rows // self._copies), oldest, torch.zeros_like(self._most)),
+            (max(oldest, self._weighed), self._time, self._most),
+        ):
+            rows = (np.arange(first, last)[:, None] * self._copies + copies).ravel() % self._rows
+            index = torch.as_tensor(rows, device=self._base.device).expand(self._seeds, -1)
+            self._tree.set(index, weight[:, None].expand_as(index))
+        self._weighed = self._time
+
+    def _require_some(self) -> None:
+        if not self._time:
+            raise DataError("there is no transition to draw yet: add some first.")
+
+    def _uniform(self, name: str, *shape: int) -> Tensor:
+        """Rows (S, *shape) that may be drawn."""
+        self._require_some()
+        drawn = self._streams.integers(f"replay/{name}", len(self), *shape)
+        oldest = self._time - self._steps
+        return drawn if oldest <= 0 else (drawn + oldest * self._copies) % self._rows
+
+    def _shift(self, index: Tensor, steps: Tensor | int) -> Tensor:
+        """Rows of the same copies so many steps later."""
+        return (index + steps * self._copies) % self._rows
+
+    def _when(self, index: Tensor) -> Tensor:
+        """The times of rows."""
+        newest = self._time - 1
+        return newest - (newest - index // self._copies) % (self._rows // self._copies)
+
+    def _left(self, index: Tensor) -> Tensor:
+        """Steps that follow rows in their episodes (so far)."""
+        return self._take("end", index).clamp(max=self._time - 1) - self._when(index)
+
+    def _take(self, name: str, index: Tensor) -> Tensor:
+        if not self._shared:
+            index = index + self._base.view(-1, *[1] * (index.dim() - 1))
+        flat = self._flat[name]
+        return flat.index_select(0, index.reshape(-1)).view(*index.shape, *flat.shape[1:])
+
+    def _observed(self, index: Tensor) -> Tensor:
+        if self._frames == 1:
+            return self._take("obs", index)
+        back = torch.arange(self._frames - 1, -1, -1, device=index.device)
+        back = torch.minimum(back, self._take("age", index)[..., None])
+        return self._take("obs", self._shift(index[..., None], -back)).flatten(index.dim(), index.dim() + 1)
+
+    def _following(self, index: Tensor, obs: Tensor) -> Tensor:
+        """Next observations of rows with these observations."""
+        if "next_obs" in self._data:
+            return self._take("next_obs", index)
+        newest, place = self._take("obs", self._shift(index, 1)), self._take("final", index)
+        newest = torch.where((place >= 0)[..., None, None, None], self._finals[place.clamp(min=0)], newest)
+        if self._frames == 1:
+            return newest
+        axis = index.dim()
+        return torch.cat([obs.narrow(axis, newest.shape[axis], obs.shape[axis] - newest.shape[axis]), newest], axis)
+
+    def _gather(self, index: Tensor) -> Batch:
+        obs = self._observed(index)
+        if self._n_step == 1:
+            last, steps, reward, before = index, torch.ones_like(index), self._take("reward", index), obs
+        else:
+            offset = torch.arange(self._n_step, device=index.device)
+            rows = self._shift(index[..., None], offset)
+            counts = offset <= self._left(index)[..., None]
+            counts[..., 1:] &= ~self._take("terminated", rows[..., :-1]).cummax(-1).values
+            steps = counts.sum(-1)
+            reward = (self._take("reward", rows) * counts * self._gamma**offset).sum(-1)
+            last = self._shift(index, steps - 1)
+            before = self._observed(last) if "final" in self._data else obs
+        return Batch(
+            obs,
+            self._take("action", index),
+            reward,
+            self._following(last, before),
+            self._take("terminated", last),
+            self._take("truncated", last),
+            steps,
+            index=index,
+        )
+
+    def _relabel(self, batch: Batch, index: Tensor, how: Hindsight) -> None:
+        chosen, place = self._streams.uniform("replay/goals", index.shape[1], 2).unbind(-1)
+        if how.strategy == "random":
+            rows = self._uniform("goals", index.shape[1])
+        else:
+            left = self._left(index)
+            rows = self.later(index, left if how.strategy == "final" else (place * (left + 1)).long())
+        goal = self._take("next_obs", rows)[..., how.achieved]
+        relabelled, achieved = chosen < how.ratio, batch.next_obs[..., how.achieved]
+        for obs in (batch.obs, batch.next_obs):
+            obs[..., how.desired] = torch.where(relabelled[..., None], goal, obs[..., how.desired])
+        batch.reward = torch.where(relabelled, how.reward(achieved, goal).float(), batch.reward)
+        if how.terminal is not None:
+            batch.terminated = torch.where(relabelled, how.terminal(achieved, goal), batch.terminated)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything but the random streams, as plain tensors; logged transitions are left out, they stay as they are."""
+        state = {}
+        if not self._shared:
+            filled = min((self._time + ("final" in self._data)) * self._copies, self._rows)
+            state = {f"data.{name}": tensor[:, :filled] for name, tensor in self._data.items()}
+            state |= {"time": torch.tensor(self._time), "age": torch.from_numpy(self._age)}
+            if "final" in self._data:
+                state["finals"] = self._finals
+        if self._alpha is not None:
+            state |= {"weights": self._tree.weights, "most": self._most, "weighed": torch.tensor(self._weighed)}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state_dict` stood, bit for bit."""
+        if not self._shared:
+            for name, tensor in self._data.items():
+                tensor[:, : state[f"data.{name}"].shape[1]] = state[f"data.{name}"]
+            self._time, self._age = int(state["time"]), np.array(state["age"])
+            if "final" in self._data:
+                self._finals = state["finals"].to(self._finals.device, copy=True)
+                self._free = sorted(set(range(len(self._finals))) - set(self._data["final"].flatten().tolist()))
+        if self._alpha is not None:
+            index = torch.arange(self._rows, device=self._base.device).expand(self._seeds, -1)
+            self._tree.set(index, state["weights"].to(index.device))
+            self._most, self._weighed = state["most"].to(index.device, copy=True), int(state["weighed"])

@@ -1,0 +1,159 @@
+"""The loops that control methods share: over logged transitions, and in environments. All seeds move together.
+
+A method builds its networks in `setup` (with the seed axis in front) and states one update on a batch of transitions;
+what a batch holds, and what its metrics are, has one entry per seed. The loops below draw, update and report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from guerdon.errors import ConfigError
+from guerdon.fields import check_range
+from guerdon.methods.base import Method, Metrics, all_methods
+from guerdon.training.config import ControlTraining, Training
+
+if TYPE_CHECKING:
+    from guerdon.control.datasets import Normalizer
+    from guerdon.control.environments import Step
+    from guerdon.control.replay import Batch
+    from guerdon.control.spaces import Spec
+    from guerdon.training.control import ControlRun
+
+
+@dataclass(kw_only=True)
+class ControlMethod(Method):
+    """What every control method says: its networks, its batches, its horizon."""
+
+    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers of every network
+    batch_size: int = 256  # transitions per update
+    gamma: float = 0.99  # discount
+
+    training: ClassVar[type[Training]] = ControlTraining
+    copies: ClassVar[int] = 1  # of each seed's environment; a method that steps several has a field for it
+    actions: ClassVar[Literal["discrete", "continuous", "any"]] = "any"  # what it can act with
+
+    def check_loop(self, training: ControlTraining) -> None:
+        check_range(vars(self), "batch_size", low=1)
+        check_range(vars(self), "gamma", high=1)
+        if not self.hidden or min(self.hidden) < 1:
+            raise ConfigError(f"hidden is {self.hidden}: it lists the widths of at least one hidden layer.")
+
+    def check_spec(self, spec: Spec, where: str) -> None:
+        """Raise `ConfigError` where the method cannot act in such an environment; it names those that can."""
+        found = "discrete" if spec.discrete else "continuous"
+        if self.actions not in ("any", found):
+            alike = [m for m in all_methods().values() if m.learns_from == self.learns_from and m.policy == "control"]
+            able = [m.name for m in alike if getattr(m, "actions", "") in ("any", found)]
+            raise ConfigError(
+                f"{self.name} acts with {self.actions} actions, and those of {where} are {found}. "
+                f"Methods for {found} actions: {', '.join(able) or 'none'}."
+            )
+
+    def update(self, batch: Batch) -> Metrics:
+        """One step of every network on a batch (S, B, ...); metrics are tensors (S,)."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class OfflineControl(ControlMethod):
+    """The loop over logged transitions: each seed draws its own batches, with replacement, from one shared data set."""
+
+    updates: int = 1_000_000  # updates of the published method
+    normalize: bool = False  # scale observations by mean and standard deviation over the data
+
+    def normalizer(self, run: ControlRun) -> Normalizer | None:
+        """What scales the observations of data and policy."""
+        from guerdon.control.datasets import Normalizer
+
+        assert run.data is not None
+        return Normalizer.fit(run.data) if self.normalize else None
+
+    def check_loop(self, training: ControlTraining) -> None:
+        super().check_loop(training)
+        check_range(vars(self), "updates", low=1)
+        if training.data is None:
+            raise ConfigError(
+                f"{self.name} learns from logged transitions: give data (minari:ID, .npz or .hdf5). "
+                "`guerdon collect --env` makes some."
+            )
+
+    def learn(self, run: ControlRun) -> Iterator[Metrics]:
+        from guerdon.control.replay import Replay
+        from guerdon.training.control import Means
+
+        assert run.data is not None
+        replay = Replay.of(run.data, run.seeds, run.streams, run.policy.normalizer, run.device)
+        update, means = run.compiled(self.update), Means()
+        for stop in run.stretches(run.config.max_updates or self.updates):
+            while run.cursor.step < stop:
+                run.batch = replay.sample(self.batch_size)
+                means.add(update(run.batch))
+                run.cursor.step += 1
+            yield means.take()
+
+
+@dataclass(kw_only=True)
+class OnlineControl(ControlMethod):
+    """The loop in environments, one or more for each seed: act, step, observe.
+
+    What is observed goes into a replay buffer, from which the method learns every `train_every` steps. A method that
+    learns otherwise has an `observe` of its own.
+    """
+
+    steps: int = 1_000_000  # environment steps of each seed in the published method
+    buffer_size: int = 1_000_000  # transitions that the replay buffer holds
+    learning_starts: int = 10_000  # environment steps before the first update
+    train_every: int = 1  # environment steps between updates
+
+    def check_loop(self, training: ControlTraining) -> None:
+        super().check_loop(training)
+        check_range(vars(self), "steps", "buffer_size", "train_every", low=1)
+        check_range(vars(self), "learning_starts")
+        if training.data is not None:
+            raise ConfigError(
+                f"{self.name} learns in an environment: give env instead of data. "
+                f"`guerdon inspect {training.data}` says which methods can learn from the data."
+            )
+
+    def setup(self, run: ControlRun) -> None:
+        from guerdon.control.replay import Replay
+
+        self.replay = run.add("replay", Replay(self.buffer_size, run.seeds, run.spec, run.streams))
+        self.compiled = run.compiled(self.update)
+
+    def explore(self, run: ControlRun, obs: np.ndarray) -> np.ndarray:
+        """Actions (S, C[, A]) to learn from where the environments show `obs` (S, C, ...)."""
+        raise NotImplementedError
+
+    def observe(self, run: ControlRun, obs: Any, actions: Any, step: Step) -> Metrics | None:
+        """Learn from one step of all environments; metrics where there was an update."""
+        self.replay.add(obs, actions, step.reward, step.final_obs, step.terminated, step.truncated)
+        taken = run.cursor.step
+        if taken < self.learning_starts or taken % self.train_every:
+            return None
+        run.batch = self.replay.sample(self.batch_size)
+        return self.compiled(run.batch)
+
+    def learn(self, run: ControlRun) -> Iterator[Metrics]:
+        from guerdon.training.control import Means
+
+        envs, cursor, means = run.envs, run.cursor, Means()
+        assert envs is not None
+        obs = envs.obs if cursor.step else envs.reset()
+        for stop in run.stretches(run.config.max_samples or self.steps):
+            while cursor.step < stop:
+                actions = self.explore(run, obs)
+                step = envs.step(actions)
+                cursor.step += self.copies
+                cursor.samples = cursor.step
+                run.episodes.add(step.finished)
+                metrics = self.observe(run, obs, actions, step)
+                if metrics:
+                    means.add(metrics)
+                obs = step.obs
+            yield {**run.episodes.take(), **means.take()}

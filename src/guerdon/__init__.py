@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from guerdon.api import (
         all_methods,
         collect,
+        collect_episodes,
         compare,
         evaluate,
         export,
@@ -34,6 +35,7 @@ __all__ = [
     "GuerdonError",
     "all_methods",
     "collect",
+    "collect_episodes",
     "compare",
     "evaluate",
     "export",

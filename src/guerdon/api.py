@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from guerdon.control.datasets import is_control_source
 from guerdon.errors import ConfigError, GuerdonError, near
 from guerdon.exporting import export
 from guerdon.feedback.readers import read_feedback
@@ -35,6 +36,7 @@ __all__ = [
     "GuerdonError",
     "all_methods",
     "collect",
+    "collect_episodes",
     "compare",
     "evaluate",
     "export",
@@ -85,13 +87,15 @@ def inspect(
     skip_bad: bool = False,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """What a feedback file holds, what is odd in it, and which methods can learn from it, as plain data.
+    """What feedback or logged transitions hold, what is odd in them, and which methods can learn from them.
 
-    Beside what `guerdon.feedback.inspect.inspect_feedback` returns there are `methods`, by name, and `methods_as_task`,
+    As plain data: beside what `guerdon.feedback.inspect.inspect_feedback` returns (or, of transitions,
+    `guerdon.control.diagnostics.inspect_transitions`) there are `methods`, by name, and `methods_as_task`,
     those that need a verifier and can have one here, because the file says what the right answers are.
 
     Args:
-        source: file, saved dataset directory or hub id.
+        source: feedback: file, saved dataset directory or hub id; transitions: minari:ID, an .npz or .hdf5 file. What
+            follows is for feedback.
         model: whose tokenizer counts the lengths; without one they are counted in words.
         max_length: tokens of a prompt with one completion, beyond which it would be cut.
         split: of a dataset that has several.
@@ -103,6 +107,8 @@ def inspect(
     """
     from guerdon.feedback.inspect import inspect_feedback
 
+    if is_control_source(source):
+        return _inspect_transitions(source)
     check_range({"max_length": max_length, "limit": 1 if limit is None else limit}, "max_length", "limit", low=1)
     feedback = read_feedback(source, skip_bad=skip_bad, limit=limit, split=split)
     count = None
@@ -117,6 +123,22 @@ def inspect(
     found["methods"] = [name for name, cls in methods.items() if can_learn(cls.learns_from, says)]
     verified = [name for name, cls in methods.items() if cls.learns_from == "verifier"]
     found["methods_as_task"] = verified if "answers" in says else []
+    return found
+
+
+def _inspect_transitions(source: str) -> dict[str, Any]:
+    from guerdon.control.datasets import read_transitions
+    from guerdon.control.diagnostics import inspect_transitions
+    from guerdon.methods.control import ControlMethod
+
+    transitions = read_transitions(source, finite=False)
+    found = inspect_transitions(transitions)
+    acting = "discrete" if transitions.spec.discrete else "continuous"
+    found["methods"] = [
+        name
+        for name, cls in all_methods().items()
+        if issubclass(cls, ControlMethod) and cls.learns_from == "transitions" and cls.actions in ("any", acting)
+    ]
     return found
 
 
@@ -192,6 +214,28 @@ def collect(
         policy=fingerprint(policy.model.model),
         progress=progress,
     )
+
+
+def collect_episodes(
+    env: str,
+    *,
+    policy: Sequence[str] = ("random",),
+    out: str,
+    episodes: int = 100,
+    noise: Sequence[float] = (0.0,),
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Act in an environment and write the episodes as a Minari dataset; see `guerdon.control.collect.collect`.
+
+    Args:
+        out: `minari:NAME-v0`, or a directory.
+    """
+    from guerdon.control.collect import collect
+
+    check_range({"episodes": episodes, "seed": seed}, "episodes", "seed")
+    check_range({"episodes": episodes}, "episodes", low=1)
+    return collect(env, policies=policy, out=out, episodes=episodes, noises=noise, seed=seed, progress=progress)
 
 
 def train(method: str | Method, *, progress: Progress | None = None, **options: Any) -> RunDir:

@@ -54,9 +54,9 @@ class Methods:
 
 @dataclass
 class Inspect:
-    """Say what a feedback file holds, what is odd in it, and which methods can learn from it."""
+    """Say what feedback or logged transitions hold, what is odd in them, and which methods can learn from them."""
 
-    data: Positional[str]  # file, saved dataset directory or hub id
+    data: Positional[str]  # file, saved dataset directory or hub id; minari:ID, .npz or .hdf5 for transitions
     model: str | None = None  # count lengths with this model's tokenizer; in words without it
     max_length: int = 2048  # tokens of a prompt with one completion, beyond which it would be cut
     split: str = "train"  # of a dataset that has several
@@ -71,11 +71,16 @@ class Inspect:
         if self.json:
             _print_json(found)
         else:
-            from guerdon.feedback.inspect import render
+            from guerdon.control.datasets import is_control_source
+
+            if is_control_source(self.data):
+                from guerdon.control.diagnostics import render
+            else:
+                from guerdon.feedback.inspect import render
 
             _console().print(render(found))
             print(f"methods that can learn from it: {', '.join(found['methods']) or 'none by itself'}")
-            if found["methods_as_task"]:
+            if found.get("methods_as_task"):
                 print(f"and as prompts with answers, by --task and --verifier: {', '.join(found['methods_as_task'])}")
 
 
@@ -136,6 +141,38 @@ class Collect:
         else:
             count = f"{summary['completions']} completions of {summary['prompts']} prompts"
             print(f"{self.out}: {count}, mean reward {summary['reward']:.3f}")
+
+
+@dataclass
+class CollectEpisodes:
+    """Act in an environment and write the episodes as a Minari dataset."""
+
+    env: str  # Gymnasium id
+    out: str  # minari:NAME-v0, or a directory
+    policy: tuple[str, ...] = ("random",)  # random, run directories, or python:module.function; several share equally
+    noise: tuple[float, ...] = (0.0,)  # chance of a random action at each step: one for all policies, or one for each
+    episodes: int = 100  # of all policies together
+    seed: int = 0  # of environments and actions
+    json: bool = False  # print JSON
+
+    def run(self) -> None:
+        from guerdon.api import collect_episodes
+
+        def progress(done: int, total: int) -> None:
+            print(f"{done} of {total} episodes", file=sys.stderr)
+
+        summary = collect_episodes(**_without(self, "json"), progress=progress)
+        if self.json:
+            _print_json(summary)
+        else:
+            count = f"{summary['steps']:,} steps in {summary['episodes']:,} episodes"
+            print(f"{self.out}: {count}, mean return {summary['return']:.4g}")
+
+
+def _collect(argv: list[str]) -> None:
+    """Make feedback: sample and verify completions of a task (--task), or act in an environment (--env)."""
+    command = CollectEpisodes if "--env" in _typed(argv) else Collect
+    _parse(command, argv, "collect", command.__doc__).run()
 
 
 @dataclass
@@ -390,7 +427,7 @@ COMMANDS: dict[str, type | Callable[[list[str]], int | None]] = {
     "methods": Methods,
     "inspect": Inspect,
     "look": Look,
-    "collect": Collect,
+    "collect": _collect,
     "train": _train,
     "resume": Resume,
     "evaluate": _evaluate,

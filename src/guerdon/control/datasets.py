@@ -162,6 +162,13 @@ class Transitions:
             )
         return replace(self, env=env, spec=spec)
 
+    def scaled(self, normalizer: Normalizer) -> Transitions:
+        """The same with observations, this and next, as `normalizer` scales them."""
+        following = np.asarray(self.next_observations)
+        return replace(
+            self, observations=normalizer.apply(self.observations), next_observations=normalizer.apply(following)
+        )
+
     def split(self, share: float, seed: int = 0) -> tuple[Transitions, Transitions]:
         """(train, held out): `share` of the episodes, chosen at random by `seed`, is held out whole.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from guerdon.control.simulators import make_noted, spec_of
+from guerdon.control.simulators import frames_of, make_noted, spec_of
 from guerdon.control.spaces import Spec
 from guerdon.errors import ConfigError
 from guerdon.lazy import torch
@@ -145,7 +145,7 @@ class _Copies:
         for row, log in enumerate(logs):
             # An environment that no longer does the same may end early and refuse to go on.
             with suppress(Exception):
-                self._replay(row, log.tolist() if self.spec.discrete else log)
+                self._replay(row, log.tolist() if self.spec.discrete else list(log))
             came_back.append(
                 len(self._actions[row]) == len(log) and np.array_equal(self.obs[row], state["obs"][row], equal_nan=True)
             )
@@ -218,6 +218,7 @@ class Environments:
     Attributes:
         obs: what every copy sees now; call `reset` first.
         spec, seeds, copies, id: as given or found.
+        frames: images that an observation stacks.
         restorable: False once `load_state_dict` could not bring every copy back.
         notes: what a user should know of these environments.
 
@@ -234,6 +235,7 @@ class Environments:
         **options: Any,
     ) -> None:
         self.id, self.seeds, self.copies = id, list(seeds), copies
+        self.frames: int = options.get("frame_stack") or frames_of(id)
         places = [(seed, copy, copies) for seed in self.seeds for copy in range(copies)]
         kind, parts = (_Worker, len(os.sched_getaffinity(0))) if vector == "async" else (_Copies, 1)
         edges = np.linspace(0, len(places), min(parts, len(places)) + 1).astype(int).tolist()
@@ -278,7 +280,8 @@ class Environments:
         finished, success = [], []
         for rows, answer in zip(self._rows, answers, strict=True):
             for row, ret, length, told in answer[5]:
-                finished.append(Finished(*divmod(rows.start + row, self.copies), ret, length))
+                seed, copy = divmod(rows.start + row, self.copies)
+                finished.append(Finished(seed, copy, ret, length))
                 success.append(told)
         return Step(obs, reward, terminated, truncated, final, finished, success)
 

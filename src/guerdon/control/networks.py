@@ -3,7 +3,7 @@
 Nothing here mixes the seeds, so that each one's numbers are the same alone or beside others. Parameters are NaN until
 `initialise` or `load_state_dict` gives them values: what was forgotten stops a run instead of slowing it.
 
-One function, `affine`, is where the time goes. In `precision="bf16"` hidden layers multiply in bf16 from fp32 master
+One function, `_Layers`, is where the time goes. In `precision="bf16"` hidden layers multiply in bf16 from fp32 master
 weights; the last layer of every network stays fp32, as a value of 100 in bf16 is a multiple of 1/2.
 """
 
@@ -55,62 +55,73 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         and not torch.is_grad_enabled()  # within a gradient of a gradient: oneDNN's call has none
     ):
         linear, rows = torch.ops.mkldnn._linear_pointwise, range(len(a))
-        return torch.stack(
-            [linear(a[n], b[n].t(), None if bias is None else bias[n], "none", [], "") for n in rows]
-        )
+        return torch.stack([linear(a[n], b[n].t(), None if bias is None else bias[n], "none", [], "") for n in rows])
     return torch.bmm(a, b) if bias is None else torch.baddbmm(bias.unsqueeze(1), a, b)
 
 
 def _layer(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None, dtype: torch.dtype) -> Tensor:
-    """activation(x W^T + b) of x (N, B, I) for N networks, composed of torch's own differentiable operations."""
-    y = torch.baddbmm(bias.to(dtype).unsqueeze(1), x.to(dtype), weight.to(dtype).transpose(1, 2))
+    """activation(x W^T + b) of N networks: (N, B, I) to (N, B, O) in `dtype`, composed of torch's own operations.
+
+    Weights are (..., O, I) and biases (..., O), with N leading entries in all.
+    """
+    weight, bias = weight.flatten(0, -3).to(dtype), bias.flatten(0, -2).to(dtype)
+    y = torch.baddbmm(bias.unsqueeze(1), x.to(dtype), weight.transpose(1, 2))
     return y if activation is None else _ACTIVATIONS[activation][0](y)
 
 
 class _Layers(torch.autograd.Function):
-    """`_layer` after `_layer` in one node of the graph: hidden ones in `dtype`, a head without activation in fp32.
+    """`_layer` after `_layer` as one node of the graph: hidden ones in `dtype`, a head without activation in fp32.
 
-    Saves each layer's output and no pre-activation, and casts each weight once for both passes. A gradient of the
-    gradient is left to the composed form.
+    Fewer nodes, no saved pre-activations, each weight cast once for both passes, and oneDNN where it is faster. The
+    gradient of a gradient is left to the composed form.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, activation: Activation, dtype: torch.dtype, head: bool, *parameters: Tensor
     ) -> Tensor:
-        kinds = [dtype] * (len(parameters) // 2 - head) + [torch.float32] * head
-        kept, cast = [], []
-        y = x
-        for weight, bias, kind in zip(parameters[::2], parameters[1::2], kinds, strict=True):
-            weight, y = weight.to(kind), y.to(kind)
-            kept.append(y)
+        hidden = len(parameters) // 2 - head
+        kinds = [dtype] * hidden + [torch.float32] * head
+        seen, cast, y = [], [], x  # what every layer sees, and its weights
+        for i, kind in enumerate(kinds):
+            weight, bias = parameters[2 * i].flatten(0, -3).to(kind), parameters[2 * i + 1].flatten(0, -2).to(kind)
+            y = y.to(kind)
+            seen.append(y)
             cast.append(weight)
-            y = _product(y, weight.transpose(1, 2), bias.to(kind))
-            if len(kept) <= len(kinds) - head:
+            y = _product(y, weight.transpose(1, 2), bias)
+            if i < hidden:
                 y = _ACTIVATIONS[activation][0](y)
-        ctx.save_for_backward(x, *parameters, *kept, *cast, *([] if head else [y]))
-        ctx.activation, ctx.kinds, ctx.head = activation, kinds, head
+        ctx.save_for_backward(x, *parameters, *cast, *seen, *([] if head else [y]))
+        ctx.activation, ctx.kinds, ctx.hidden = activation, kinds, hidden
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        depth, saved = len(ctx.kinds), ctx.saved_tensors
+        wanted, depth = ctx.needs_input_grad, len(ctx.kinds)
+        x, *saved = ctx.saved_tensors
+        parameters, cast, seen = saved[: 2 * depth], saved[2 * depth : 3 * depth], saved[3 * depth :]
         if torch.is_grad_enabled():
-            return _Layers._differentiable(ctx, gradient, saved[: 1 + 2 * depth])
-        outputs, weights = saved[1 + 2 * depth : 1 + 3 * depth], saved[1 + 3 * depth : 1 + 4 * depth]
-        derivative = _ACTIVATIONS[ctx.activation][1]
+            y = x
+            for i, kind in enumerate(ctx.kinds):
+                y = _layer(y, *parameters[2 * i : 2 * i + 2], ctx.activation if i < ctx.hidden else None, kind)
+            inputs = [t for t, w in zip((x, *parameters), (wanted[0], *wanted[4:]), strict=True) if w]
+            found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
+            return tuple(next(found) if w else None for w in wanted)
         result: list[Tensor | None] = []
-        for i in range(depth - 1, -1, -1):
-            if i < depth - ctx.head:
-                gradient = derivative(gradient.to(ctx.kinds[i]), outputs[i + 1].to(ctx.kinds[i]) if i + 1 < depth else saved[-1])
-            wanted = ctx.needs_input_grad[4 + 2 * i]
-            result += [
-                gradient.sum(1).float() if wanted else None,
-                _product(gradient.transpose(1, 2), outputs[i]).float() if wanted else None,
-            ]
-            if i or ctx.needs_input_grad[0]:
-                gradient = _product(gradient, weights[i])
-        return (gradient.to(saved[0].dtype) if ctx.needs_input_grad[0] else None, None, None, None, *reversed(result))
+        for i in reversed(range(depth)):
+            if i < ctx.hidden:
+                gradient = _ACTIVATIONS[ctx.activation][1](gradient, seen[i + 1]).to(ctx.kinds[i])
+            if wanted[4 + 2 * i]:
+                to_weight = _product(gradient.transpose(1, 2), seen[i])
+                result += [
+                    gradient.sum(1).float().view_as(parameters[2 * i + 1]),
+                    to_weight.float().view_as(parameters[2 * i]),
+                ]
+            else:
+                result += [None, None]
+            if i or wanted[0]:
+                gradient = _product(gradient, cast[i])
+        return (gradient.to(x.dtype) if wanted[0] else None, None, None, None, *reversed(result))
 
 
 class Linear(nn.Module):
@@ -144,15 +155,13 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(S, [K,] B, I) -> (S, [K,] B, O); every member sees the same x where it has no axis of members."""
-        if self.members is None:
-            return affine(x, self.weight, self.bias, self.activation, self.dtype)
-        if x.ndim == 3:
-            x = x.unsqueeze(1).expand(-1, self.members, -1, -1)
-        lead = x.shape[:2]
-        y = affine(
-            x.flatten(0, 1), self.weight.flatten(0, 1), self.bias.flatten(0, 1), self.activation, self.dtype
-        )
-        return y.unflatten(0, lead)
+        x = _for_members(x, self.members)
+        return _layer(x.flatten(0, -3), self.weight, self.bias, self.activation, self.dtype).unflatten(0, x.shape[:-2])
+
+
+def _for_members(x: Tensor, members: int | None) -> Tensor:
+    """(S, B, I) -> (S, K, B, I), the same for every member; what has all its axes stays as it is."""
+    return x if members is None or x.ndim == 4 else x.unsqueeze(1).expand(-1, members, -1, -1)
 
 
 class LayerNorm(nn.Module):
@@ -200,9 +209,9 @@ class MLP(nn.Module):
                 f"no activation is called '{activation}'.{near(activation, _ACTIVATIONS)} "
                 f"There are {', '.join(_ACTIVATIONS)}."
             )
-        self.activation = _ACTIVATIONS[activation][0]
+        self.activation, self.members, self.dtype = activation, members, _DTYPES[precision]
         sizes = [inputs, *hidden]
-        fused: Activation | None = None if layer_norm else activation
+        fused = None if layer_norm else activation
         self.layers = nn.ModuleList(
             Linear(seeds, i, o, members, activation=fused, precision=precision)
             for i, o in zip(sizes, sizes[1:], strict=False)
@@ -212,11 +221,15 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(S, B, I) -> (S, [K,] B, O), fp32."""
-        for i, layer in enumerate(self.layers):
-            x = layer(x)
-            if self.norms:
-                x = self.activation(self.norms[i](x))
-        return x.float() if self.head is None else self.head(x)
+        if self.norms:
+            for layer, norm in zip(self.layers, self.norms, strict=True):
+                x = _ACTIVATIONS[self.activation][0](norm(layer(x)))
+            return x if self.head is None else self.head(x)
+        x = _for_members(x, self.members)
+        layers = [*self.layers, self.head] if self.head is not None else self.layers
+        parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+        y = _Layers.apply(x.flatten(0, -3), self.activation, self.dtype, self.head is not None, *parameters)
+        return y.float().unflatten(0, x.shape[:-2])
 
 
 class ConvEncoder(nn.Module):
@@ -263,12 +276,12 @@ class ConvEncoder(nn.Module):
                 f"an image of {observation[1]}x{observation[2]} is too small for convolutions of "
                 f"{', '.join(f'{width}x{width} with stride {stride}' for _, width, stride in layers)}."
             )
-        self.linear = Linear(seeds, channels * math.prod(size), self.features, activation="relu", precision=precision)
+        self.mlp = MLP(seeds, channels * math.prod(size), (self.features,), None, precision=precision)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (S, B, C, H, W), bytes or float, to features (S, B, `features`), fp32."""
         maps = [self._convolve(k, x) for k, x in enumerate(images)]  # one by one: faster than grouped convolutions
-        return self.linear(torch.stack(maps)).float()
+        return self.mlp(torch.stack(maps))
 
     def _convolve(self, k: int, x: Tensor) -> Tensor:
         x = x.to(self.dtype, memory_format=torch.channels_last) / self.scale

@@ -115,5 +115,7 @@ class Adam:
         """
         if [tuple(t.shape) for t in state["first"]] != [tuple(p.shape) for p in self.parameters]:
             raise GuerdonError("the optimiser's checkpoint is of other networks: their parameters have other shapes.")
-        torch._foreach_copy_([self.steps, *self.first, *self.second], [state["steps"], *state["first"], *state["second"]])
+        torch._foreach_copy_(
+            [self.steps, *self.first, *self.second], [state["steps"], *state["first"], *state["second"]]
+        )
         self.lr = state["lr"]

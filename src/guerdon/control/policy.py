@@ -25,8 +25,11 @@ _FILE, _WEIGHTS = "policy.json", "policy.safetensors"
 class Scaling(Protocol):
     """What scales observations: `Normalizer`, or anything with its two arrays, (*obs) or one for each seed (S, *obs)."""
 
-    mean: np.ndarray
-    std: np.ndarray
+    @property
+    def mean(self) -> np.ndarray: ...
+
+    @property
+    def std(self) -> np.ndarray: ...
 
 
 class ControlPolicy:
@@ -94,6 +97,11 @@ class ControlPolicy:
         }
         save_file({k: v.contiguous() for k, v in self.actor.state_dict().items()}, directory / _WEIGHTS)
         (directory / _FILE).write_text(json.dumps(facts), encoding="utf-8")
+
+    @staticmethod
+    def is_at(directory: str | Path) -> bool:
+        """Whether a directory holds what `save` wrote."""
+        return (Path(directory) / _FILE).is_file()
 
     @classmethod
     def load(cls, directory: str | Path) -> ControlPolicy:

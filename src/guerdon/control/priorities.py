@@ -39,7 +39,7 @@ class SumTree:
             self._nodes[self._base + node] = self._nodes[left] + self._nodes[left + 1]
 
     def find(self, mass: torch.Tensor) -> torch.Tensor:
-        """The leaves (S, B) in which the cumulated weight passes `mass` (S, B) from [0, total); never one of weight 0."""
+        """The leaves (S, B) where the cumulated weight passes `mass` (S, B), below `total`; never one of weight 0."""
         mass, node = mass.double(), torch.ones_like(mass, dtype=torch.int64)
         for _ in range(self.depth):
             left = self._base + 2 * node

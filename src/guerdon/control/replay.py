@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import log
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
@@ -60,6 +60,15 @@ class Hindsight:
     ratio: float = 0.8  # share of relabelled transitions: 4 of 5
 
 
+class Drawing(TypedDict, total=False):
+    """How `Replay` draws; see there."""
+
+    n_step: int
+    gamma: float
+    priority: float | None
+    hindsight: Hindsight | None
+
+
 class Replay:
     """A ring of the last `capacity` transitions for each of S seeds.
 
@@ -73,12 +82,12 @@ class Replay:
         spec: of the environment.
         streams: each seed's random numbers; batches come where these are.
         copies: C, environments per seed, added together.
-        n_step: rewards that are summed up to the bootstrap. A sum ends early where the episode ends, by termination or
-            truncation, and at the newest step.
-        gamma: their discount.
-        priority: the exponent alpha of prioritised replay (Schaul et al. 2016); None draws uniformly.
         frames: images that an observation stacks, as `make(frame_stack=...)` does.
-        hindsight: goals to relabel with.
+        n_step: rewards that are summed up to the bootstrap (1). A sum ends early where the episode ends, by termination
+            or truncation, and at the newest step.
+        gamma: their discount (0.99).
+        priority: the exponent alpha of prioritised replay (Schaul et al. 2016); None draws uniformly.
+        hindsight: goals to relabel with; None leaves them.
 
     Raises:
         ConfigError: options that exclude each other.
@@ -92,11 +101,8 @@ class Replay:
         streams: Streams,
         *,
         copies: int = 1,
-        n_step: int = 1,
-        gamma: float = 0.99,
-        priority: float | None = None,
         frames: int = 1,
-        hindsight: Hindsight | None = None,
+        **drawing: Unpack[Drawing],
     ) -> None:
         if spec.observation[0] % frames or (frames > 1 and not spec.image):
             raise ConfigError(f"observations {spec.observation} are no stack of {frames} images.")
@@ -124,22 +130,12 @@ class Replay:
             self._free: list[int] = []
         else:
             data["next_obs"] = empty(torch.float32, *shape)
-        self._time = 0  # steps ever added
+        self._fixed, self._time = False, 0  # whether the rows are one logged set for all; steps ever added
         self._age = np.zeros((seeds, copies), np.int64)  # of the episodes in progress
-        self._begin(data, streams, seeds, steps, copies, n_step, gamma, priority, frames, hindsight)
+        self._begin(data, streams, seeds, steps, copies, frames, **drawing)
 
     @classmethod
-    def of(
-        cls,
-        transitions: Transitions,
-        seeds: int,
-        streams: Streams,
-        *,
-        n_step: int = 1,
-        gamma: float = 0.99,
-        priority: float | None = None,
-        hindsight: Hindsight | None = None,
-    ) -> Replay:
+    def of(cls, transitions: Transitions, seeds: int, streams: Streams, **drawing: Unpack[Drawing]) -> Replay:
         """Logged transitions, held once for all seeds (not copied where they can be used in place); see `Replay`.
 
         Each seed draws in its own order. Nothing can be added.
@@ -163,8 +159,8 @@ class Replay:
         else:
             arrays["next_obs"] = following
         data = {name: torch.as_tensor(array, device=device)[None] for name, array in arrays.items()}
-        replay._time = len(transitions)
-        replay._begin(data, streams, seeds, len(transitions), 1, n_step, gamma, priority, 1, hindsight)
+        replay._fixed, replay._time = True, len(transitions)
+        replay._begin(data, streams, seeds, len(transitions), 1, 1, **drawing)
         return replay
 
     def _begin(
@@ -174,23 +170,23 @@ class Replay:
         seeds: int,
         steps: int,
         copies: int,
-        n_step: int,
-        gamma: float,
-        priority: float | None,
         frames: int,
-        hindsight: Hindsight | None,
+        *,
+        n_step: int = 1,
+        gamma: float = 0.99,
+        priority: float | None = None,
+        hindsight: Hindsight | None = None,
     ) -> None:
         if hindsight and (n_step > 1 or "next_obs" not in data):
             raise ConfigError("goals are relabelled in vectors and one step at a time: leave n_step at 1.")
         self._data, self._streams, self._seeds = data, streams, seeds
         self._steps, self._copies, self._frames = steps, copies, frames
         self._n_step, self._gamma, self._hindsight = n_step, gamma, hindsight
-        self._shared, self._rows = len(data["obs"]) < seeds, data["obs"].shape[1]
+        self._rows = data["obs"].shape[1]
         self._flat = {name: tensor.flatten(0, 1) for name, tensor in data.items()}
-        self._arrays = (
-            {name: tensor.numpy() for name, tensor in data.items()} if data["obs"].device.type == "cpu" else {}
-        )
-        self._base = torch.arange(seeds, device=streams.device)[:, None] * (0 if self._shared else self._rows)
+        here = data["obs"].device.type == "cpu"
+        self._arrays = {name: tensor.numpy() for name, tensor in data.items()} if here else {}
+        self._base = torch.arange(seeds, device=streams.device)[:, None] * (0 if self._fixed else self._rows)
         self._alpha = priority
         if priority is not None:
             self._tree = SumTree(seeds, self._rows, streams.device)
@@ -251,17 +247,14 @@ class Replay:
     def _close(self, ended: np.ndarray, age: np.ndarray, finals: np.ndarray) -> None:
         """The newest steps of these copies (S, C), so many steps old, were the last of their episodes."""
         for seed, copy in np.argwhere(ended):
-            times = np.arange(
-                max(self._time - 1 - age[seed, copy], self._time - self._rows // self._copies), self._time
-            )
+            steps = min(age[seed, copy] + 1, self._rows // self._copies)
+            times = np.arange(self._time - steps, self._time)
             rows = (times * self._copies + copy) % self._rows
             self._data["end"][seed, torch.from_numpy(rows)] = self._time - 1
             if "final" in self._data:
                 if not self._free:
-                    kept = len(self._finals)
-                    self._finals = torch.cat(
-                        [self._finals, self._finals.new_zeros(kept or 64, *self._finals.shape[1:])]
-                    )
+                    kept, *shape = self._finals.shape
+                    self._finals = torch.cat([self._finals, self._finals.new_zeros(kept or 64, *shape)])
                     self._free = list(range(kept, len(self._finals)))
                 place = self._free.pop()
                 self._finals[place] = torch.as_tensor(finals[seed, copy])
@@ -345,9 +338,7 @@ class Replay:
             random: of any row, uniformly.
         """
         if min(current, trajectory, random) < 0 or abs(current + trajectory + random - 1) > 1e-6:
-            raise ConfigError(
-                f"shares of goals {current}, {trajectory}, {random}: they must be probabilities of sum 1."
-            )
+            raise ConfigError(f"shares of goals {current}, {trajectory}, {random}: they must sum to 1.")
         branch, place = self._streams.uniform("replay/goals", index.shape[1], 2).unbind(-1)
         if gamma is None:
             ahead = (place * self._left(index)).long() + 1
@@ -357,13 +348,19 @@ class Replay:
         return torch.where(branch < 1 - current, goal, index)
 
     def prioritise(self, index: Tensor, errors: Tensor) -> None:
-        """Give the rows `index` (S, B) the priorities `(|errors| + 1e-6) ** alpha`; new rows get the greatest so far."""
+        """Rows `index` (S, B) get the priorities `(|errors| + 1e-6) ** alpha`; new rows have the greatest so far.
+
+        Raises:
+            ConfigError: this replay draws uniformly.
+        """
+        if self._alpha is None:
+            raise ConfigError("this replay draws uniformly: give it `priority`, the exponent of its priorities.")
         weight = (errors.double().abs() + 1e-6) ** self._alpha
         self._tree.set(index, weight)
         self._most = torch.maximum(self._most, weight.amax(1))
 
     def _prioritised(self, batch_size: int, beta: float) -> tuple[Tensor, Tensor]:
-        """Rows, one from each of B parts of equal weight (Schaul et al. 2016, appendix B.2.1), and their corrections."""
+        """Rows, one from each of B parts of equal weight (Schaul et al. 2016, appendix B.2.1), and corrections."""
         self._require_some()
         self._weigh()
         parts = torch.arange(batch_size, device=self._base.device) + self._streams.uniform("replay/mass", batch_size)
@@ -412,7 +409,7 @@ class Replay:
         return self._take("end", index).clamp(max=self._time - 1) - self._when(index)
 
     def _take(self, name: str, index: Tensor) -> Tensor:
-        if not self._shared:
+        if not self._fixed:
             index = index + self._base.view(-1, *[1] * (index.dim() - 1))
         flat = self._flat[name]
         return flat.index_select(0, index.reshape(-1)).view(*index.shape, *flat.shape[1:])
@@ -429,7 +426,8 @@ class Replay:
         if "next_obs" in self._data:
             return self._take("next_obs", index)
         newest, place = self._take("obs", self._shift(index, 1)), self._take("final", index)
-        newest = torch.where((place >= 0)[..., None, None, None], self._finals[place.clamp(min=0)], newest)
+        ended = place >= 0
+        newest[ended] = self._finals[place[ended]]
         if self._frames == 1:
             return newest
         axis = index.dim()
@@ -443,7 +441,7 @@ class Replay:
             offset = torch.arange(self._n_step, device=index.device)
             rows = self._shift(index[..., None], offset)
             counts = offset <= self._left(index)[..., None]
-            counts[..., 1:] &= ~self._take("terminated", rows[..., :-1]).cummax(-1).values
+            counts[..., 1:] &= self._take("terminated", rows[..., :-1]).cumsum(-1) == 0
             steps = counts.sum(-1)
             reward = (self._take("reward", rows) * counts * self._gamma**offset).sum(-1)
             last = self._shift(index, steps - 1)
@@ -475,9 +473,9 @@ class Replay:
             batch.terminated = torch.where(relabelled, how.terminal(achieved, goal), batch.terminated)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything but the random streams, as plain tensors; logged transitions are left out, they stay as they are."""
+        """Everything but the random streams and logged transitions, as plain tensors (views, where that is enough)."""
         state = {}
-        if not self._shared:
+        if not self._fixed:
             filled = min((self._time + ("final" in self._data)) * self._copies, self._rows)
             state = {f"data.{name}": tensor[:, :filled] for name, tensor in self._data.items()}
             state |= {"time": torch.tensor(self._time), "age": torch.from_numpy(self._age)}
@@ -489,7 +487,7 @@ class Replay:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state_dict` stood, bit for bit."""
-        if not self._shared:
+        if not self._fixed:
             for name, tensor in self._data.items():
                 tensor[:, : state[f"data.{name}"].shape[1]] = state[f"data.{name}"]
             self._time, self._age = int(state["time"]), np.array(state["age"])

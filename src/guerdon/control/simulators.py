@@ -65,11 +65,16 @@ def make_noted(id: str, frame_stack: int | None, kwargs: Mapping[str, Any]) -> t
     if found.encode is not None:
         env = TransformObservation(env, found.encode, found.space)
     if frame_stack is None:
-        frame_stack = 4 if id.startswith("ALE/") else 1
+        frame_stack = frames_of(id)
     if frame_stack > 1:
         first, *rest = found.space.shape
         env = ReshapeObservation(FrameStackObservation(env, frame_stack), (frame_stack * first, *rest))
     return env, found.note
+
+
+def frames_of(id: str) -> int:
+    """How many images an observation stacks where nothing else is said: 4 in Atari games."""
+    return 4 if id.startswith("ALE/") else 1
 
 
 def _register(id: str) -> None:
@@ -105,7 +110,7 @@ class Encoding(NamedTuple):
     """How the observations of a space become what networks take; see `encoding`."""
 
     space: gymnasium.spaces.Box  # of the encoded observation
-    encode: Callable[[Any], np.ndarray] | None  # None where nothing is to be done
+    encode: Callable[[Any], Any] | None  # None where nothing is to be done
     note: str = ""  # what is left out
 
 
@@ -123,30 +128,26 @@ def encoding(space: gymnasium.Space, where: str) -> Encoding:
     from gymnasium.spaces.utils import flatdim, flatten
 
     if isinstance(space, spaces.Dict):
-        parts = {name: part for name, part in space.items() if part.dtype is None or part.dtype.kind != "U"}
-        dropped = ", ".join(f"'{name}'" for name in space if name not in parts)
-        note = f"{where}: the text in {dropped} is not seen by the policy" if dropped else ""
-        if len(parts) == 1:
-            ((name, part),) = parts.items()
-            inner = encoding(part, where)
-            encode = inner.encode or (lambda x: x)
-            return Encoding(inner.space, lambda x: encode(x[name]), note)
-        if dropped:
-            inner = encoding(spaces.Dict(parts), where)
-            encode = inner.encode
-            return Encoding(inner.space, lambda x: encode({name: x[name] for name in parts}), note)
+        parts = {name: part for name, part in space.items() if not _is_text(part)}
+        if len(parts) < len(space.spaces) or len(parts) == 1:
+            lone = next(iter(parts)) if len(parts) == 1 else None
+            inner = encoding(parts[lone] if lone else spaces.Dict(parts), where)
+            dropped = ", ".join(f"'{name}'" for name in space if name not in parts)
+
+            def reduced(x: Any) -> Any:
+                x = x[lone] if lone else {name: x[name] for name in parts}
+                return x if inner.encode is None else inner.encode(x)
+
+            return Encoding(inner.space, reduced, f"{where}: policies do not see the text {dropped}" if dropped else "")
     elif isinstance(space, spaces.Box) and space.dtype in (np.uint8, bool) and len(space.shape) == 3:
-        scale = 255 if space.dtype == bool else 1
-        height, width, channels = space.shape
-        last = channels <= height
-        box = spaces.Box(0, 255, (channels, height, width) if last else space.shape, np.uint8)
-        if not last and scale == 1:
-            return Encoding(box, None)
-        order = (2, 0, 1) if last else (0, 1, 2)
-        return Encoding(box, lambda x: (x * np.uint8(scale)).transpose(order))
+        height, _, channels = space.shape
+        order = (2, 0, 1) if channels <= height else (0, 1, 2)
+        scale = np.uint8(255 if space.dtype == bool else 1)
+        box: Any = spaces.Box(0, 255, tuple(space.shape[axis] for axis in order), np.uint8)
+        return Encoding(box, lambda x: (x * scale).transpose(order))
     elif isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 2:
         return Encoding(spaces.Box(0, 255, (1, *space.shape), np.uint8), lambda x: x[None])
-    if not space.is_np_flattenable or (space.dtype is not None and space.dtype.kind == "U"):
+    if _is_text(space) or not space.is_np_flattenable:
         raise ConfigError(
             f"{where}: no network fits the observations {space}. Those of Box, Discrete, MultiDiscrete, MultiBinary, "
             "and of Dict and Tuple of these do: wrap the environment."
@@ -154,6 +155,10 @@ def encoding(space: gymnasium.Space, where: str) -> Encoding:
     box = spaces.Box(-math.inf, math.inf, (flatdim(space),), np.float32)
     plain = isinstance(space, spaces.Box) and len(space.shape) == 1
     return Encoding(box, None if plain else lambda x: flatten(space, x))
+
+
+def _is_text(space: gymnasium.Space) -> bool:
+    return space.dtype is not None and space.dtype.kind == "U"
 
 
 def spec_of(env: gymnasium.Env) -> Spec:

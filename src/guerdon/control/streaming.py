@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guerdon.control.ingredients import ActorCriticIngredients, Ingredients, ValueIngredients
+from guerdon.control.ingredients import ActorCriticIngredients, Ingredients
+from guerdon.control.networks import Categorical
 from guerdon.control.spaces import Spec
 from guerdon.control.streams import Streams
 
@@ -461,12 +462,31 @@ class StreamActor(nn.Module):
 
     def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:
         """Actions (S, B, A), or (S, B) where they are discrete, for observations (S, B, *obs)."""
-        batch, out = obs.shape[1], self(obs)
+        if self.learns == "td":
+            return self._at_random(obs.shape[1], streams)
+        out = self(obs)
         if self.gaussian:
             mean, deviation = out.chunk(2, -1)
             if streams is not None:
                 mean = mean + F.softplus(deviation) * streams.normal("act", *mean.shape[1:])
             return mean.clamp(torch.tensor(self.spec.low), torch.tensor(self.spec.high))
+        if streams is None:
+            return out.argmax(-1)
+        if self.learns == "ac":
+            return Categorical(out).sample(streams.uniform("act", *out.shape[1:]))[0]
+        explores = streams.uniform("explore", obs.shape[1]) < self.epsilon
+        return torch.where(explores, self._at_random(obs.shape[1], streams), out.argmax(-1))
+
+    def _at_random(self, batch: int, streams: Streams | None) -> Tensor:
+        """Actions drawn uniformly; without streams the first choice, or the middle of the range."""
+        if self.spec.discrete:
+            shape = self.seeds, batch
+            return torch.zeros(shape).long() if streams is None else streams.integers("act", self.spec.actions, batch)
+        shape = self.seeds, batch, self.spec.actions
+        drawn = torch.full(shape, 0.5) if streams is None else streams.uniform("act", *shape[1:])
+        return torch.tensor(self.spec.low).lerp(torch.tensor(self.spec.high), drawn)
+
+
 # Learners: an agent for each seed, from transition to transition
 
 METRICS = (
@@ -484,6 +504,7 @@ class Learner(ABC):
 
     Attributes:
         epsilon: share of random actions of Q and SARSA, to be set before each step.
+        unconnected: units of each seed's networks that began without any incoming weight.
 
     Args:
         time_limit: steps of an episode, for the time feature; None where there is no limit.
@@ -510,17 +531,19 @@ class Learner(ABC):
         self.names = METRICS if kind == "ac" else METRICS[:5]
         self.tally = np.zeros((len(streams.seeds), len(self.names)))
         self.count, self.told = 0, 0  # steps so far, and those of which metrics were taken
+        self.unconnected = 0
 
     def networks(self, seed: int) -> dict[str, nn.Sequential]:
         """Fresh networks of one seed: its `value`, and for an actor-critic its `policy`."""
         options, rng = self.options, self.streams.generator("networks", seed)
-        found = {}
+        found, self.unconnected = {}, 0
         for name, outputs in self.outputs.items():
             found[name] = build_network(self.inputs, outputs, self.hidden, options.layer_norm)
             for layer in found[name]:
                 if isinstance(layer, (nn.Linear, nn.Conv2d)):
                     sparse_init_(layer.weight, options.sparsity, rng, options.connect_all)
                     nn.init.zeros_(cast(Tensor, layer.bias))
+                    self.unconnected += int((layer.weight.flatten(1) == 0).all(1).sum())
         return found
 
     def noise(self) -> Tensor:

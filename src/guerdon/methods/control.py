@@ -14,6 +14,7 @@ import numpy as np
 
 from guerdon.errors import ConfigError
 from guerdon.fields import check_range
+from guerdon.lazy import torch
 from guerdon.methods.base import Method, Metrics, all_methods
 from guerdon.training.config import ControlTraining, Training
 
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from guerdon.control.replay import Batch
     from guerdon.control.spaces import Spec
     from guerdon.training.control import ControlRun
+
+
+def td_target(batch: Batch, next_value: torch.Tensor, gamma: float) -> torch.Tensor:
+    """r + gamma^n (1 - terminated) V(s'), n the steps that the reward sums over: (S, B). A truncation goes on.
+
+    Args:
+        next_value: (S, B) V(s').
+    """
+    return torch.addcmul(batch.reward, gamma**batch.steps * ~batch.terminated, next_value)
 
 
 @dataclass(kw_only=True)
@@ -82,15 +92,24 @@ class OfflineControl(ControlMethod):
                 "`guerdon collect --env` makes some."
             )
 
+    def before_update(self, step: int, total: int) -> None:
+        """Set what changes over a run of `total` updates, as learning rates do; not a part of what is compiled."""
+
     def learn(self, run: ControlRun) -> Iterator[Metrics]:
+        from guerdon.control.datasets import Normalizer
         from guerdon.control.replay import Replay
         from guerdon.training.control import Means
 
-        assert run.data is not None
-        replay = Replay.of(run.data, run.seeds, run.streams, run.policy.normalizer, run.device)
+        data, normalizer = run.data, run.policy.normalizer
+        assert data is not None
+        if isinstance(normalizer, Normalizer):
+            data = data.scaled(normalizer)
+        total = run.config.max_updates or self.updates
+        replay = Replay.of(data, len(run.seeds), run.streams)
         update, means = run.compiled(self.update), Means()
-        for stop in run.stretches(run.config.max_updates or self.updates):
+        for stop in run.stretches(total):
             while run.cursor.step < stop:
+                self.before_update(run.cursor.step, total)
                 run.batch = replay.sample(self.batch_size)
                 means.add(update(run.batch))
                 run.cursor.step += 1
@@ -123,7 +142,9 @@ class OnlineControl(ControlMethod):
     def setup(self, run: ControlRun) -> None:
         from guerdon.control.replay import Replay
 
-        self.replay = run.add("replay", Replay(self.buffer_size, run.seeds, run.spec, run.streams))
+        assert run.envs is not None
+        shape = (self.buffer_size, len(run.seeds), run.spec, run.streams)
+        self.replay = run.add("replay", Replay(*shape, copies=run.envs.copies, frames=run.envs.frames))
         self.compiled = run.compiled(self.update)
 
     def explore(self, run: ControlRun, obs: np.ndarray) -> np.ndarray:

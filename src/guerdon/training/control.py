@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from guerdon.errors import ConfigError, DataError
+from guerdon.errors import ConfigError
 from guerdon.lazy import torch
 from guerdon.training.config import ControlTraining
 from guerdon.training.distributed import Distribution
@@ -19,6 +19,7 @@ from guerdon.training.distributed import Distribution
 if TYPE_CHECKING:
     from guerdon.control.datasets import Normalizer, Transitions
     from guerdon.control.environments import Environments
+    from guerdon.control.networks import How
     from guerdon.control.policy import ControlPolicy
     from guerdon.control.spaces import Spec
     from guerdon.methods.control import ControlMethod
@@ -35,6 +36,7 @@ class Stateful(Protocol):
 
 
 T = TypeVar("T", bound=Stateful)
+Network = TypeVar("Network", bound="torch.nn.Module")
 
 
 @dataclass
@@ -86,7 +88,7 @@ class ControlRun:
         self.cursor = Cursor()
         self.parts: dict[str, Stateful] = {}
         self.batch: Any = None
-        self.streams = self.add("streams", Streams(self.seeds))
+        self.streams = self.add("streams", Streams(self.seeds, self.device))
         self.data, self.corrupted, self.env, self.notes = material(config)
         self.envs: Environments | None = None
         self.episodes = self.add("episodes", Episodes(len(self.seeds)))
@@ -106,6 +108,13 @@ class ControlRun:
         """Have a part of the run saved with every checkpoint and restored from it; returns it."""
         self.parts[name] = part
         return part
+
+    def network(self, name: str, network: Network, how: How = "torch", head_gain: float = 1.0) -> Network:
+        """Have a network as a part of the run, with first values by `networks.initialise`, on the run's device."""
+        from guerdon.control.networks import initialise
+
+        initialise(network, self.seeds, how, head_gain=head_gain, name=name)
+        return self.add(name, network.to(self.device))
 
     def act_with(self, actor: Any, normalizer: Normalizer | None = None) -> None:
         """Make `actor` the policy of the run."""
@@ -208,7 +217,6 @@ def material(
         return None, {}, config.env, []
     from guerdon.control.corruption import Corruption, corrupt
     from guerdon.control.datasets import read_transitions
-    from guerdon.control.environments import make, spec_of
 
     corruptions = [Corruption.parse(text) for text in config.corrupt]
     data = read_transitions(config.data)
@@ -216,13 +224,7 @@ def material(
     if env is None:
         notes.append(f"{config.data} does not say which environment made it: nothing is evaluated without --env.")
     else:
-        spec = spec_of(made := make(env))
-        made.close()
-        if spec != data.spec:
-            raise DataError(
-                f"{config.data} and {env} do not fit: {'; '.join(_differences(data.spec, spec))}. "
-                "Give the environment that made the data as --env."
-            )
+        data = data.recorded_in(env, _spec(env))
     masks: dict[str, np.ndarray] = {}
     if corruptions:
         data, masks = corrupt(data, corruptions, config.seed)
@@ -232,23 +234,22 @@ def material(
 
 def check_material(config: ControlTraining, methods: Sequence[Any]) -> None:
     """Raise what every trial of a comparison would fail with: data, environment, or a method that fits neither."""
-    from guerdon.control.environments import make, spec_of
-
     data, _, env, _ = material(config)
     if env is None:
         raise ConfigError(f"compare: {config.data} does not say where its policies can be judged: give --env.")
-    if data is not None:
-        spec = data.spec
-    else:
-        spec = spec_of(made := make(env))
-        made.close()
+    spec = data.spec if data is not None else _spec(env)
     for method in methods:
         method.check_spec(spec, env)
 
 
-def _differences(data: Spec, env: Spec) -> list[str]:
-    said, found = asdict(data), asdict(env)
-    return [f"{name} is {said[name]} in the data and {found[name]} there" for name in said if said[name] != found[name]]
+def _spec(env: str) -> Spec:
+    from guerdon.control.simulators import make, spec_of
+
+    made = make(env)
+    try:
+        return spec_of(made)
+    finally:
+        made.close()
 
 
 def save_state(tree: Mapping[str, Any], directory: Path) -> None:

@@ -1,0 +1,3 @@
+"""Methods that learn from logged transitions alone."""
+
+from __future__ import annotations

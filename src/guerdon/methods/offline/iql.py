@@ -1,0 +1,161 @@
+"""Implicit Q-learning: values and a policy from the actions of the data alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from guerdon.fields import check_range
+from guerdon.lazy import torch
+from guerdon.methods.base import Metrics, method
+from guerdon.methods.control import OfflineControl, td_target
+from guerdon.methods.offline.bc import ActorKind, imitation_loss, imitator
+
+if TYPE_CHECKING:
+    from guerdon.control.replay import Batch
+    from guerdon.training.control import ControlRun
+
+
+def expectile_loss(advantage: torch.Tensor, tau: float) -> torch.Tensor:
+    """|tau - 1[u < 0]| u^2 of u = Q(s, a) - V(s), elementwise (Kostrikov et al. 2022, eq. 5)."""
+    below = (advantage < 0).to(advantage.dtype)
+    return (tau - below).abs() * advantage.square()
+
+
+def advantage_weight(advantage: torch.Tensor, beta: float, cap: float) -> torch.Tensor:
+    """min(exp(beta u), cap) of u = Q(s, a) - V(s), elementwise (Kostrikov et al. 2022, eq. 7; the cap is in its code)."""
+    return (beta * advantage).exp().clamp(max=cap)
+
+
+def corruption_statistics(
+    q: torch.Tensor, estimate: torch.Tensor, target: torch.Tensor, corrupted: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What corruption does to values, for the corrupted and for the clean rows of a batch: numbers (S,).
+
+    `q_std` is the mean deviation between critics, `q_gap` the mean of their mean less the estimate, `target_kurtosis`
+    the fourth moment of the targets over their squared second one (3 for a normal distribution; heavy tails have more).
+
+    Args:
+        q: (S, K, B) target critics, K of at least 2.
+        estimate: (S, B) what stands for all of them.
+        target: (S, B) targets of the critics.
+        corrupted: (S, B) bool.
+    """
+    rows = torch.stack([corrupted, ~corrupted]).to(q.dtype)
+    rows = rows / rows.sum(-1, keepdim=True).clamp(min=1)
+    centred = target - (rows * target).sum(-1, keepdim=True)
+    variance, fourth = (rows * centred**2).sum(-1), (rows * centred**4).sum(-1)
+    found = {
+        "q_std": (rows * q.std(1)).sum(-1),
+        "q_gap": (rows * (q.mean(1) - estimate)).sum(-1),
+        "target_kurtosis": fourth / variance.square().clamp(min=1e-12),
+    }
+    return {f"{kind}/{name}": x[i] for name, x in found.items() for i, kind in enumerate(("corrupted", "clean"))}
+
+
+@method("iql", learns_from="transitions", policy="control")
+@dataclass(kw_only=True)
+class IQL(OfflineControl):
+    """Implicit Q-learning (Kostrikov, Nair and Levine 2022, arXiv 2110.06169), which never asks for unseen actions.
+
+    u = min_k Qbar_k(s, a) - V(s)
+    L_V = E[ |tau - 1[u < 0]| u^2 ]
+    L_Q = E[ (r + gamma V(s') - Q_k(s, a))^2 ]
+    L_pi = E[ -min(exp(beta u), cap) log pi(a|s) ]
+
+    All three are taken before any network moves. The actor's learning rate falls to 0 over the run, by a cosine. Where
+    actions are discrete the actor is categorical and Q has an output for each.
+    """
+
+    lr: float = 3e-4  # learning rate of Adam, for all networks; the actor's is the first of its cosine
+    tau: float = 0.7  # expectile: 0.5 values the behaviour, 1 the best of its actions
+    beta: float = 3.0  # inverse temperature of the weights: 0 clones the behaviour
+    weight_cap: float = 100.0  # weights are at most this
+    critics: int = 2  # K
+    actor: ActorKind = "gaussian"  # of continuous actions
+    target_rate: float = 0.005  # share of the critics that goes into their targets at each update
+    init: Literal["torch", "orthogonal", "edac"] = "orthogonal"  # of weights; edac: critics as EDAC has them, others torch
+
+    def check(self) -> None:
+        check_range(vars(self), "lr", "beta")
+        check_range(vars(self), "tau", high=1, above=True, below=True)
+        check_range(vars(self), "weight_cap", above=True)
+        check_range(vars(self), "critics", low=1)
+        check_range(vars(self), "target_rate", high=1)
+
+    def setup(self, run: ControlRun) -> None:
+        from guerdon.control.networks import DiscreteQ, QEnsemble, Value
+        from guerdon.control.optim import Adam
+
+        critic = DiscreteQ if run.spec.discrete else QEnsemble
+        beside: Any = {"how": "torch" if self.init == "edac" else self.init, "head_gain": math.sqrt(2)}
+        new = len(run.seeds), run.spec, self.hidden
+        self.value = run.network("value", Value(*new, precision=run.precision), **beside)
+        self.critic = run.network(
+            "critic", critic(*new, members=self.critics, precision=run.precision), self.init, math.sqrt(2)
+        )
+        self.target = run.add("target", copy.deepcopy(self.critic).requires_grad_(False))
+        self.pi = run.network("actor", imitator(run, self.actor, self.hidden), **beside)
+        values = [*self.value.parameters(), *self.critic.parameters()]
+        self.optimizer = run.add("optimizer", Adam(values, self.lr))
+        self.actor_optimizer = run.add("actor_optimizer", Adam(self.pi.parameters(), self.lr))
+        self.corrupted = None
+        if run.corrupted and self.critics > 1:
+            self.corrupted = torch.as_tensor(np.any([*run.corrupted.values()], axis=0), device=run.device)
+        run.act_with(self.pi, self.normalizer(run))
+
+    def before_update(self, step: int, total: int) -> None:
+        self.actor_optimizer.lr = self.lr * (1 + math.cos(math.pi * step / total)) / 2
+
+    def update(self, batch: Batch) -> Metrics:
+        from guerdon.control.networks import ema_
+
+        with torch.no_grad():
+            target_q = critics_at(self.target, batch)
+            estimate = self.estimate(target_q)
+            target = self.bound(td_target(batch, self.value(batch.next_obs), self.gamma))
+        value = self.value(batch.obs)
+        advantage = estimate - value
+        value_loss = expectile_loss(advantage, self.tau).mean(-1)
+        q = critics_at(self.critic, batch)
+        q_loss = self.td_loss(q, target).mean((1, 2))
+        weight = advantage_weight(advantage.detach(), self.beta, self.weight_cap)
+        policy_loss = (weight * imitation_loss(self.pi(batch.obs), batch.action)).mean(-1)
+
+        self.optimizer.minimise(value_loss + q_loss)
+        self.actor_optimizer.minimise(policy_loss)
+        ema_(self.target, self.critic, self.target_rate)
+        metrics = {
+            "loss/value": value_loss.detach(),
+            "loss/q": q_loss.detach(),
+            "loss/policy": policy_loss.detach(),
+            "value/mean": value.detach().mean(-1),
+            "policy/weight": weight.mean(-1),
+        }
+        if self.corrupted is not None:
+            metrics |= corruption_statistics(target_q, estimate, target, self.corrupted[batch.index])
+        return metrics
+
+    def estimate(self, q: torch.Tensor) -> torch.Tensor:
+        """What stands for all target critics (S, K, B): (S, B)."""
+        return q.amin(1)
+
+    def bound(self, target: torch.Tensor) -> torch.Tensor:
+        """The targets (S, B) of the critics, kept where they may be."""
+        return target
+
+    def td_loss(self, q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of every critic (S, K, B) at its target (S, B): (S, K, B)."""
+        return (q - target.unsqueeze(1)).square()
+
+
+def critics_at(critic: Any, batch: Batch) -> torch.Tensor:
+    """Q_k(s, a) of the actions of a batch, (S, K, B)."""
+    if batch.action.is_floating_point():
+        return critic(batch.obs, batch.action)
+    q = critic(batch.obs)
+    return q.gather(-1, batch.action[:, None, :, None].expand(-1, q.shape[1], -1, -1)).squeeze(-1)

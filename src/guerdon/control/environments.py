@@ -153,6 +153,10 @@ class _Copies:
                 self._begin(row)
         return self.obs, came_back
 
+    def draw(self) -> np.ndarray:
+        drawn: Any = self._envs[0].render()
+        return drawn
+
     def close(self) -> None:
         for env in self._envs:
             env.close()
@@ -284,6 +288,10 @@ class Environments:
                 finished.append(Finished(seed, copy, ret, length))
                 success.append(told)
         return Step(obs, reward, terminated, truncated, final, finished, success)
+
+    def draw(self) -> np.ndarray:
+        """A picture (height, width, 3) of the first copy, of environments made with `render_mode="rgb_array"`."""
+        return self._ask("draw")[0]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Episode numbers, the actions since each reset, and what was seen last: all that it takes to come back."""

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -81,46 +82,49 @@ class _Layers(torch.autograd.Function):
         ctx: Any, x: Tensor, activation: Activation, dtype: torch.dtype, head: bool, *parameters: Tensor
     ) -> Tensor:
         hidden = len(parameters) // 2 - head
-        kinds = [dtype] * hidden + [torch.float32] * head
-        seen, cast, y = [], [], x  # what every layer sees, and its weights
-        for i, kind in enumerate(kinds):
-            weight, bias = parameters[2 * i].flatten(0, -3).to(kind), parameters[2 * i + 1].flatten(0, -2).to(kind)
-            y = y.to(kind)
-            seen.append(y)
-            cast.append(weight)
+        derived = dtype != torch.float32
+        ctx.seen, ctx.cast, y = [], [], x  # what every layer sees, and its weights
+        for i, (weight, bias) in enumerate(zip(parameters[::2], parameters[1::2], strict=True)):
+            weight, bias = weight.flatten(0, -3), bias.flatten(0, -2)
+            if i < hidden and derived:
+                y, weight, bias = y.to(dtype), weight.to(dtype), bias.to(dtype)
+            elif derived:
+                y = y.float()
+            ctx.seen.append(y)
+            ctx.cast.append(weight)
             y = _product(y, weight.transpose(1, 2), bias)
             if i < hidden:
                 y = _ACTIVATIONS[activation][0](y)
-        ctx.save_for_backward(x, *parameters, *cast, *seen, *([] if head else [y]))
-        ctx.activation, ctx.kinds, ctx.hidden = activation, kinds, hidden
+        ctx.save_for_backward(x, *parameters, None if head else y)
+        ctx.activation, ctx.dtype, ctx.hidden = activation, dtype, hidden
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        wanted, depth = ctx.needs_input_grad, len(ctx.kinds)
-        x, *saved = ctx.saved_tensors
-        parameters, cast, seen = saved[: 2 * depth], saved[2 * depth : 3 * depth], saved[3 * depth :]
+        wanted, hidden = ctx.needs_input_grad, ctx.hidden
+        x, *parameters, y = ctx.saved_tensors
+        depth = len(parameters) // 2
         if torch.is_grad_enabled():
             y = x
-            for i, kind in enumerate(ctx.kinds):
-                y = _layer(y, *parameters[2 * i : 2 * i + 2], ctx.activation if i < ctx.hidden else None, kind)
+            for i in range(depth):
+                kind = (ctx.activation, ctx.dtype) if i < hidden else (None, torch.float32)
+                y = _layer(y, parameters[2 * i], parameters[2 * i + 1], *kind)
             inputs = [t for t, w in zip((x, *parameters), (wanted[0], *wanted[4:]), strict=True) if w]
             found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
             return tuple(next(found) if w else None for w in wanted)
+        outputs = [*ctx.seen[1:], y]
         result: list[Tensor | None] = []
         for i in reversed(range(depth)):
-            if i < ctx.hidden:
-                gradient = _ACTIVATIONS[ctx.activation][1](gradient, seen[i + 1]).to(ctx.kinds[i])
+            if i < hidden:
+                gradient = _ACTIVATIONS[ctx.activation][1](gradient, outputs[i]).to(ctx.dtype)
             if wanted[4 + 2 * i]:
-                to_weight = _product(gradient.transpose(1, 2), seen[i])
-                result += [
-                    gradient.sum(1).float().view_as(parameters[2 * i + 1]),
-                    to_weight.float().view_as(parameters[2 * i]),
-                ]
+                to_weight = _product(gradient.transpose(1, 2), ctx.seen[i]).float()
+                to_bias = gradient.sum(1).float()
+                result += [to_bias.view(parameters[2 * i + 1].shape), to_weight.view(parameters[2 * i].shape)]
             else:
                 result += [None, None]
             if i or wanted[0]:
-                gradient = _product(gradient, cast[i])
+                gradient = _product(gradient, ctx.cast[i])
         return (gradient.to(x.dtype) if wanted[0] else None, None, None, None, *reversed(result))
 
 
@@ -213,11 +217,11 @@ class MLP(nn.Module):
         sizes = [inputs, *hidden]
         fused = None if layer_norm else activation
         self.layers = nn.ModuleList(
-            Linear(seeds, i, o, members, activation=fused, precision=precision)
-            for i, o in zip(sizes, sizes[1:], strict=False)
+            Linear(seeds, i, o, members, activation=fused, precision=precision) for i, o in pairwise(sizes)
         )
         self.norms = nn.ModuleList(LayerNorm(seeds, width, members) for width in hidden if layer_norm)
         self.head = None if outputs is None else Linear(seeds, sizes[-1], outputs, members)
+        self._stack = [layer for layer in (*self.layers, self.head) if layer is not None]
 
     def forward(self, x: Tensor) -> Tensor:
         """(S, B, I) -> (S, [K,] B, O), fp32."""
@@ -226,8 +230,7 @@ class MLP(nn.Module):
                 x = _ACTIVATIONS[self.activation][0](norm(layer(x)))
             return x if self.head is None else self.head(x)
         x = _for_members(x, self.members)
-        layers = [*self.layers, self.head] if self.head is not None else self.layers
-        parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+        parameters = [p for layer in self._stack for p in (layer.weight, layer.bias)]
         y = _Layers.apply(x.flatten(0, -3), self.activation, self.dtype, self.head is not None, *parameters)
         return y.float().unflatten(0, x.shape[:-2])
 

@@ -23,7 +23,7 @@ _FILE, _WEIGHTS = "policy.json", "policy.safetensors"
 
 
 class Scaling(Protocol):
-    """What scales observations: `Normalizer`, or anything with its two arrays, (*obs) or one for each seed (S, *obs)."""
+    """What scales observations: `Normalizer`, or whatever has its two arrays, (*obs) or (S, *obs)."""
 
     @property
     def mean(self) -> np.ndarray: ...

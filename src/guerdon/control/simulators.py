@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from guerdon.control.spaces import Spec
 
+from guerdon.control.spaces import Spec
 from guerdon.errors import ConfigError, near
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ def encoding(space: gymnasium.Space, where: str) -> Encoding:
         order = (2, 0, 1) if channels <= height else (0, 1, 2)
         scale = np.uint8(255 if space.dtype == bool else 1)
         box: Any = spaces.Box(0, 255, tuple(space.shape[axis] for axis in order), np.uint8)
-        return Encoding(box, lambda x: (x * scale).transpose(order))
+        plain = order == (0, 1, 2) and scale == 1
+        return Encoding(box, None if plain else lambda x: (x * scale).transpose(order))
     elif isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 2:
         return Encoding(spaces.Box(0, 255, (1, *space.shape), np.uint8), lambda x: x[None])
     if _is_text(space) or not space.is_np_flattenable:

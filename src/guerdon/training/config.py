@@ -24,6 +24,7 @@ class Training:
     eval_every: int = 0  # updates between evaluations; 0 only at the end
     checkpoint_every: int = 50  # updates between checkpoints
     keep_checkpoints: int = 2  # the latest ones that are kept
+    snapshot_every: int = 0  # updates between policies that are kept in snapshots/; 0 keeps the last one alone
     patience: int = 0  # stop after this many evaluations without a better one; 0 never
     log_to: tuple[str, ...] = ()  # beside metrics.jsonl and tensorboard: wandb, mlflow, trackio
     threads: int = 0  # CPU threads; 0 leaves the default
@@ -33,7 +34,7 @@ class Training:
         if self.patience and not self.eval_every:
             raise ConfigError("patience counts evaluations, and eval_every is 0, so that there is only the last one.")
         check_range(vars(self), "seed", "max_updates", "max_samples", "eval_every", "checkpoint_every")
-        check_range(vars(self), "keep_checkpoints", "patience", "threads")
+        check_range(vars(self), "keep_checkpoints", "snapshot_every", "patience", "threads")
 
 
 @dataclass(kw_only=True)
@@ -102,6 +103,7 @@ class ControlTraining(Training):
     eval_episodes: int = 20  # episodes of each seed's policy in an evaluation, started alike for all methods
     log_every: int = 1000  # updates (without data: environment steps) between rows of metrics
     checkpoint_every: int = 50_000  # updates (without data: environment steps) between checkpoints
+    snapshot_every: int = 0  # updates (without data: environment steps) between policies kept in snapshots/; 0 none
     compile: bool = False  # compile the update with torch.compile: slow to start, faster then, the same numbers
 
     def check(self) -> None:

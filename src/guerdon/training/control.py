@@ -129,9 +129,9 @@ class ControlRun:
     def stretches(self, total: int) -> Iterator[int]:
         """Up to which step the method may go before it yields, again and again to the end of the run."""
         config, cursor = self.config, self.cursor
-        marks = [every for every in (config.log_every, config.eval_every, config.checkpoint_every) if every]
+        marks = (config.log_every, config.eval_every, config.checkpoint_every, config.snapshot_every)
         while cursor.step < total:
-            yield min(total, *((cursor.step // every + 1) * every for every in marks))
+            yield min(total, *((cursor.step // every + 1) * every for every in marks if every))
             cursor.done = min(1.0, cursor.step / total)
 
     # State

@@ -7,6 +7,7 @@
     status.json          running, done, stopped or failed, with the error
     checkpoints/step-*   written beside, synced to disk and then renamed: what has its name is whole
     policy/              the final policy
+    snapshots/step-*     policies on the way there, where they were asked for
 
 No torch here: `guerdon report` and a program that only looks at runs stay light.
 """

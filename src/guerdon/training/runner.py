@@ -88,13 +88,14 @@ def run_loop(
     such lists are kept in the row. Evaluations run at step 0 and every `eval_every` updates where that
     is set, and once at the end; they join the row of their step and leave the random states as they found them, so
     that they never change what is learned. An interrupted and resumed run leaves the same rows and the same policy as
-    an uninterrupted one, bit for bit, except for `time/`. The final policy is exported to `policy/`.
+    an uninterrupted one, bit for bit, except for `time/`. The final policy is exported to `policy/`, those that
+    `snapshot_every` asks for to `snapshots/step-*`.
 
     Args:
         run: freshly built, after `method.setup(run)`; the same on every process.
         method: its `learn(run)` yields the metrics of one update at a time, the same on every process.
         rundir: where it is all written; a run whose state is done returns at once.
-        config: `max_updates`, `eval_every`, `patience`, `checkpoint_every` and `keep_checkpoints`. `max_samples` is the
+        config: `max_updates`, the `_every`s, `patience` and `keep_checkpoints`. `max_samples` is the
             run's to watch, which raises `BudgetSpent`.
         evaluate: metrics of the policy on held-out items, keys `eval/...`, the same on every process.
         score: what early stopping maximises, from an evaluation's metrics.
@@ -166,6 +167,8 @@ class _Loop:
                 step = run.cursor.step
                 if _passed(config.eval_every, before, step):
                     self._evaluate()
+                if _passed(config.snapshot_every, before, step) and self.main:
+                    self.rundir.write_directory(self.rundir.path / "snapshots" / f"step-{step:08d}", run.export)
                 stop = run.distribution.any(stop_asked())
                 if stop or _passed(config.checkpoint_every, before, step):
                     self._checkpoint()

@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 
 def expectile_loss(advantage: torch.Tensor, tau: float) -> torch.Tensor:
     """|tau - 1[u < 0]| u^2 of u = Q(s, a) - V(s), elementwise (Kostrikov et al. 2022, eq. 5)."""
-    below = (advantage < 0).to(advantage.dtype)
-    return (tau - below).abs() * advantage.square()
+    return torch.where(advantage < 0, 1 - tau, tau) * advantage.square()
 
 
 def advantage_weight(advantage: torch.Tensor, beta: float, cap: float) -> torch.Tensor:
-    """min(exp(beta u), cap) of u = Q(s, a) - V(s), elementwise (Kostrikov et al. 2022, eq. 7; the cap is in its code)."""
+    """min(exp(beta u), cap) of u = Q(s, a) - V(s), elementwise (Kostrikov et al. 2022, eq. 7, and their code's cap)."""
     return (beta * advantage).exp().clamp(max=cap)
 
 
@@ -78,7 +77,7 @@ class IQL(OfflineControl):
     critics: int = 2  # K
     actor: ActorKind = "gaussian"  # of continuous actions
     target_rate: float = 0.005  # share of the critics that goes into their targets at each update
-    init: Literal["torch", "orthogonal", "edac"] = "orthogonal"  # of weights; edac: critics as EDAC has them, others torch
+    init: Literal["torch", "orthogonal", "edac"] = "orthogonal"  # first weights; edac is for critics, others torch
 
     def check(self) -> None:
         check_range(vars(self), "lr", "beta")

@@ -42,17 +42,17 @@ class RIQL(IQL):
     L_Q = E[ Huber_delta(r + gamma V(s') - Q_k(s, a)) ]
     L_pi = E[ min(exp(beta u), cap) |pi(s) - a|^2 ]
 
-    delta is in units of the return. The paper's runs choose sigma in {0.1, 0.5, 1, 3} (delta 100, 4, 1, 0.111) and alpha
-    in {0.1, 0.25, 0.5} for each task. Each part can be taken out: `td`, `ensemble`, `critics`, `actor`, `normalize`; with
-    all of them out (and `init`) this is IQL. On data that was corrupted here, `corrupted/...` and `clean/...` compare the
-    rows (see `iql.corruption_statistics`).
+    delta is in units of the return. The paper's runs choose sigma in {0.1, 0.5, 1, 3} (delta 100, 4, 1, 0.111) and
+    alpha in {0.1, 0.25, 0.5} for each task. Each part can be taken out: `td`, `ensemble`, `critics`, `actor`,
+    `normalize`; with all of them out (and `init`) this is IQL. On data that is corrupted by `corrupt`, the metrics
+    `corrupted/...` and `clean/...` compare the rows (see `iql.corruption_statistics`).
     """
 
     updates: int = 3_000_000  # updates of the published method
     normalize: bool = True  # scale observations by mean and standard deviation over the (corrupted) data
     critics: int = 5  # K
     actor: ActorKind = "deterministic"  # of continuous actions
-    init: Literal["torch", "orthogonal", "edac"] = "edac"  # of weights; edac: critics as EDAC has them, others torch
+    init: Literal["torch", "orthogonal", "edac"] = "edac"  # first weights; edac is for critics, others torch
     td: Literal["huber", "mse"] = "huber"  # loss of the critics
     huber_delta: float | None = None  # where the loss turns linear; lower is more robust; none is 1
     sigma: float | None = None  # the same as the paper tunes it, huber_delta = 1 / sigma^2: higher is more robust

@@ -51,8 +51,8 @@ class TD3BC(OfflineControl):
     """TD3 with behaviour cloning (Fujimoto and Gu 2021, arXiv 2106.06860).
 
     Critics learn y = r + gamma min_k Qbar_k(s', pibar(s') + noise); the actor maximises the first of them while it
-    imitates the data, lambda Q_1(s, pi(s)) - (pi(s) - a)^2, with lambda = alpha / mean |Q_1|. Settings are the published
-    ones; observations are normalised over next observations too.
+    imitates the data, lambda Q_1(s, pi(s)) - (pi(s) - a)^2, with lambda = alpha / mean |Q_1|. Settings are the
+    published ones; the statistics that normalise observations are over next observations too.
     """
 
     normalize: bool = True  # scale observations by mean and standard deviation over the data

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GuerdonError",
     "all_methods",
+    "claims",
     "collect",
     "collect_episodes",
     "compare",
@@ -45,6 +46,7 @@ __all__ = [
     "load_policy",
     "look",
     "read_feedback",
+    "reproduce",
     "resume",
     "train",
     "train_chain",
@@ -364,6 +366,46 @@ def compare(
         command=command,
         say=say,
     )
+
+
+def claims() -> list[dict[str, Any]]:
+    """Every claim as plain data: what is said, how it is tried, and what its full version gave (None: never run)."""
+    from guerdon.claims import all_claims
+    from guerdon.claims.running import describe
+
+    return [describe(claim) for claim in all_claims().values()]
+
+
+def reproduce(
+    papers: Sequence[int | str],
+    *,
+    quick: bool = False,
+    seeds: int | None = None,
+    jobs: int = 1,
+    ray: bool = False,
+    out: str | Path = "reproduction",
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Try the claims of papers, one after the other; the results as plain data, see `guerdon.claims.running.reproduce`.
+
+    Args:
+        papers: ids.
+        quick: small versions, which show that everything runs.
+        seeds: of each claim; its own number where not given.
+        jobs: trials at the same time.
+        ray: run the trials as Ray tasks.
+        out: directory; the same call goes on with what stands in it.
+        say: is told a line about each trial that finishes.
+    """
+    from guerdon.claims import get_claim
+    from guerdon.claims.running import reproduce
+
+    if not papers:
+        raise ConfigError("reproduce: name at least one paper by its id; `guerdon claims` lists them.")
+    return [
+        reproduce(claim, out=out, quick=quick, seeds=seeds, jobs=jobs, ray=ray, say=say)
+        for claim in [get_claim(paper) for paper in papers]
+    ]
 
 
 def write_report(directory: str | Path, out: str | Path | None = None) -> Path:

@@ -213,6 +213,51 @@ class Report:
 
 
 @dataclass
+class Claims:
+    """List what papers claim of their methods, and whether it held when it was tried."""
+
+    json: bool = False  # print JSON
+
+    def run(self) -> None:
+        from guerdon.api import claims
+
+        if self.json:
+            _print_json(claims())
+        else:
+            from guerdon.claims.showing import overview
+
+            _console().print(overview(claims()))
+
+
+@dataclass
+class Reproduce:
+    """Try the claims of papers: train all arms, judge them, and say whether the claims hold."""
+
+    papers: Positional[tuple[str, ...]]  # ids, as `guerdon claims` lists them
+    quick: bool = False  # small versions, which show that everything runs and prove nothing
+    seeds: int | None = None  # of each claim; its own number without it
+    jobs: int = 1  # trials at the same time
+    ray: bool = False  # run the trials as Ray tasks, on the cluster of RAY_ADDRESS or on this machine
+    out: str = "reproduction"  # directory; the same command goes on with what stands in it
+    json: bool = False  # print JSON
+
+    def run(self) -> None:
+        from guerdon.api import reproduce
+        from guerdon.claims.showing import tables
+
+        try:
+            results = reproduce(**_without(self, "json"), say=lambda line: print(line, file=sys.stderr))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted. The same command goes on with the trials that finished.") from None
+        if self.json:
+            _print_json(results)
+        for result in [] if self.json else results:
+            _console().print(*tables(result), sep="\n")
+            for sentence in result["sentences"]:
+                _console().print(sentence, markup=False, highlight=False)
+
+
+@dataclass
 class Export:
     """Write the data and the configuration of a run, or of a comparison's winner, for another trainer."""
 
@@ -433,6 +478,8 @@ COMMANDS: dict[str, type | Callable[[list[str]], int | None]] = {
     "evaluate": _evaluate,
     "compare": _compare,
     "report": Report,
+    "claims": Claims,
+    "reproduce": Reproduce,
     "export": Export,
 }
 

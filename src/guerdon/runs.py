@@ -118,9 +118,6 @@ def _go(run: LanguageRun | ControlRun, rundir: RunDir, progress: Progress | None
     from guerdon.training.runner import run_loop
 
     main = run.distribution.is_main
-    if main and progress is not None:
-        for note in run.notes:
-            progress.note(note)
     evaluate: Evaluate | None
     if isinstance(run, ControlRun):
         evaluate = evaluate_control_run if run.env else None

@@ -98,6 +98,8 @@ class Problem:
         norm = self.optimizer.step(lr)
         return {"loss/total": total, "optim/lr": lr, "optim/grad_norm": norm, "policy/odd": float("nan")}
 
+    notes: list[str] = []
+
     def evaluate(self) -> dict[str, float]:
         self.model.eval()
         x = torch.randn(64, 8)  # from the global state, which the loop has to give back

@@ -48,7 +48,7 @@ class Chained:
 
     def __init__(self, observations: np.ndarray, ends: np.ndarray, finals: np.ndarray) -> None:
         """`ends` (N,) marks the last row of each episode; `finals` holds what was seen after these rows, in order."""
-        self._observations, self._ends, self._finals = observations, ends, finals
+        self._observations, self.ends, self.finals = observations, ends, finals
         self._final_of = np.cumsum(ends) - 1
         self.shape, self.dtype, self.ndim = observations.shape, observations.dtype, observations.ndim
 
@@ -57,11 +57,11 @@ class Chained:
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         index = np.arange(len(self))[rows]
-        last = self._ends[index]
+        last = self.ends[index]
         found = self._observations[np.where(last, index, index + 1)]
         if index.ndim == 0:
-            return self._finals[self._final_of[index]] if last else found
-        found[last] = self._finals[self._final_of[index[last]]]
+            return self.finals[self._final_of[index]] if last else found
+        found[last] = self.finals[self._final_of[index[last]]]
         return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -69,7 +69,7 @@ class Chained:
 
     def take(self, observations: np.ndarray, rows: np.ndarray) -> Chained:
         """The same for the rows at these indices alone, where `observations` are those of the rows."""
-        ends = self._ends[rows] | np.append(np.diff(rows) != 1, True)
+        ends = self.ends[rows] | np.append(np.diff(rows) != 1, True)
         return Chained(observations, ends, self[rows[ends]])
 
 

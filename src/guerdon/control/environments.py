@@ -222,7 +222,7 @@ class Environments:
     Attributes:
         obs: what every copy sees now; call `reset` first.
         spec, seeds, copies, id: as given or found.
-        frames: images that an observation stacks.
+        frames: images that an observation stacks; 1 of vectors, stacked or not.
         restorable: False once `load_state_dict` could not bring every copy back.
         notes: what a user should know of these environments.
 
@@ -239,13 +239,13 @@ class Environments:
         **options: Any,
     ) -> None:
         self.id, self.seeds, self.copies = id, list(seeds), copies
-        self.frames: int = options.get("frame_stack") or frames_of(id)
         places = [(seed, copy, copies) for seed in self.seeds for copy in range(copies)]
         kind, parts = (_Worker, len(os.sched_getaffinity(0))) if vector == "async" else (_Copies, 1)
         edges = np.linspace(0, len(places), min(parts, len(places)) + 1).astype(int).tolist()
         self._rows = [slice(a, b) for a, b in itertools.pairwise(edges)]
         self._parts: list[_Copies | _Worker] = [kind(id, options, places[rows]) for rows in self._rows]
         self.spec, note, self._first, shape = self._ask("about")[0]
+        self.frames: int = (options.get("frame_stack") or frames_of(id)) if self.spec.image else 1
         self._action_shape = (len(places), *shape)
         self._shape = (len(self.seeds), copies)
         self.notes: list[str] = [note] if note else []

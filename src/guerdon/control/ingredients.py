@@ -1,4 +1,4 @@
-"""What streaming learners are made of, as options: each ingredient can be left out, and the defaults are the paper's."""
+"""What streaming learners are made of, as options: each ingredient can be left out; the defaults are the paper's."""
 
 from __future__ import annotations
 

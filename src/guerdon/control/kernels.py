@@ -193,7 +193,7 @@ def descend(rule, rows, norm, delta, lr, kappa, count, reset):
 
 @_compiled
 def observe(senses, s, raw, x, settings, begins):
-    """Features `x` of seed s's observation: normalised once it has joined the running moments, then the time if kept."""
+    """Features `x` of seed s's observation: normalised once it has joined the moments, then the time if kept."""
     d, moments = len(raw), senses.moments[s]
     if settings.normalise:
         moments[0, d] += 1
@@ -207,8 +207,11 @@ def observe(senses, s, raw, x, settings, begins):
     else:
         x[:d] = raw
     if len(x) > d:
-        senses.clock[s] = -0.5 if begins else senses.clock[s] + settings.tick
+        if begins:
+            senses.clock[s] = -0.5
         x[d] = senses.clock[s]
+        if not begins:
+            senses.clock[s] += settings.tick
 
 
 @_compiled
@@ -244,7 +247,7 @@ def value_begin(net, senses, settings, epsilon, obs, noise, action, explored):
 
 @_compiled
 def value_step(
-    net, senses, settings, epsilon, count, obs, final, reward, terminated, truncated, noise, action, explored, tally
+    net, senses, settings, epsilon, count, obs, reward, terminated, truncated, final, noise, action, explored, tally
 ):
     """Learn from the transition that `action` (S,) led to, then put the next action there: one TD, Q or SARSA step.
 
@@ -352,7 +355,7 @@ def actor_critic_begin(continuous, actor, critic, senses, settings, obs, noise, 
 
 @_compiled
 def actor_critic_step(
-    continuous, actor, critic, senses, settings, count, obs, final, reward, terminated, truncated, noise, action, tally
+    continuous, actor, critic, senses, settings, count, obs, reward, terminated, truncated, final, noise, action, tally
 ):
     """Learn from the transition that `action` led to, then put the next action there; see `value_step`.
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -47,19 +47,6 @@ _LOG_2PI = math.log(2 * math.pi)
 _ONEDNN_FROM = 2**21 if torch.backends.mkldnn.is_available() else math.inf
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a (N, M, K) times b (N, K, O), plus bias (N, O)."""
-    if (
-        a.dtype == torch.float32
-        and a.device.type == "cpu"
-        and a.shape[1] * a.shape[2] * b.shape[2] >= _ONEDNN_FROM
-        and not torch.is_grad_enabled()  # within a gradient of a gradient: oneDNN's call has none
-    ):
-        linear, rows = torch.ops.mkldnn._linear_pointwise, range(len(a))
-        return torch.stack([linear(a[n], b[n].t(), None if bias is None else bias[n], "none", [], "") for n in rows])
-    return torch.bmm(a, b) if bias is None else torch.baddbmm(bias.unsqueeze(1), a, b)
-
-
 def _layer(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None, dtype: torch.dtype) -> Tensor:
     """activation(x W^T + b) of N networks: (N, B, I) to (N, B, O) in `dtype`, composed of torch's own operations.
 
@@ -70,6 +57,16 @@ def _layer(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | Non
     return y if activation is None else _ACTIVATIONS[activation][0](y)
 
 
+class _Plan(NamedTuple):
+    """What `_Layers` knows of an MLP before it sees a batch, so that a call does little beside the products."""
+
+    activation: Activation
+    dtype: torch.dtype  # of hidden layers
+    hidden: int  # their number; one more layer is a head
+    members: bool  # whether parameters have an axis of members
+    sizes: tuple[int, ...]  # inputs x outputs of every layer
+
+
 class _Layers(torch.autograd.Function):
     """`_layer` after `_layer` as one node of the graph: hidden ones in `dtype`, a head without activation in fp32.
 
@@ -78,54 +75,76 @@ class _Layers(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, activation: Activation, dtype: torch.dtype, head: bool, *parameters: Tensor
-    ) -> Tensor:
-        hidden = len(parameters) // 2 - head
-        derived = dtype != torch.float32
-        ctx.seen, ctx.cast, y = [], [], x  # what every layer sees, and its weights
-        for i, (weight, bias) in enumerate(zip(parameters[::2], parameters[1::2], strict=True)):
-            weight, bias = weight.flatten(0, -3), bias.flatten(0, -2)
-            if i < hidden and derived:
-                y, weight, bias = y.to(dtype), weight.to(dtype), bias.to(dtype)
-            elif derived:
-                y = y.float()
-            ctx.seen.append(y)
-            ctx.cast.append(weight)
-            y = _product(y, weight.transpose(1, 2), bias)
-            if i < hidden:
-                y = _ACTIVATIONS[activation][0](y)
-        ctx.save_for_backward(x, *parameters, None if head else y)
-        ctx.activation, ctx.dtype, ctx.hidden = activation, dtype, hidden
+    def forward(ctx: Any, x: Tensor, plan: _Plan, *parameters: Tensor) -> Tensor:
+        activate, _ = _ACTIVATIONS[plan.activation]
+        cast = plan.dtype != torch.float32
+        rows = 0 if cast or not x.is_cpu else x.shape[1]
+        seen, weights, large, y = [], [], [], x  # what every layer sees and multiplies it with, and how
+        for i, size in enumerate(plan.sizes):
+            weight, bias = parameters[2 * i], parameters[2 * i + 1]
+            if plan.members:
+                weight, bias = weight.flatten(0, 1), bias.flatten(0, 1)
+            if cast:
+                kind = plan.dtype if i < plan.hidden else torch.float32
+                y, weight, bias = y.to(kind), weight.to(kind), bias.to(kind)
+            seen.append(y)
+            weights.append(weight)
+            large.append(rows * size >= _ONEDNN_FROM)
+            y = _product(y, weight.mT, bias, large[i])
+            if i < plan.hidden:
+                y = activate(y)
+        ctx.save_for_backward(x, *parameters, y if len(seen) == plan.hidden else None)
+        ctx.plan, ctx.seen, ctx.weights, ctx.large = plan, seen, weights, large
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        wanted, hidden = ctx.needs_input_grad, ctx.hidden
-        x, *parameters, y = ctx.saved_tensors
-        depth = len(parameters) // 2
+        x, *parameters, last = ctx.saved_tensors
+        plan, wanted = ctx.plan, ctx.needs_input_grad
         if torch.is_grad_enabled():
-            y = x
-            for i in range(depth):
-                kind = (ctx.activation, ctx.dtype) if i < hidden else (None, torch.float32)
-                y = _layer(y, parameters[2 * i], parameters[2 * i + 1], *kind)
-            inputs = [t for t, w in zip((x, *parameters), (wanted[0], *wanted[4:]), strict=True) if w]
-            found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
-            return tuple(next(found) if w else None for w in wanted)
-        outputs = [*ctx.seen[1:], y]
-        result: list[Tensor | None] = []
-        for i in reversed(range(depth)):
-            if i < hidden:
-                gradient = _ACTIVATIONS[ctx.activation][1](gradient, outputs[i]).to(ctx.dtype)
-            if wanted[4 + 2 * i]:
-                to_weight = _product(gradient.transpose(1, 2), ctx.seen[i]).float()
-                to_bias = gradient.sum(1).float()
-                result += [to_bias.view(parameters[2 * i + 1].shape), to_weight.view(parameters[2 * i].shape)]
-            else:
-                result += [None, None]
+            return _Layers._again(plan, wanted, gradient, x, parameters)
+        _, derivative = _ACTIVATIONS[plan.activation]
+        cast, learns = plan.dtype != torch.float32, any(wanted[2:])
+        result: list[Tensor | None] = [None] * len(wanted)
+        for i in reversed(range(len(plan.sizes))):
+            seen = ctx.seen[i]
+            if i < plan.hidden:
+                gradient = derivative(gradient, last)
+                gradient = gradient.to(plan.dtype) if cast else gradient
+            if learns:
+                to_weight, to_bias = _product(gradient.mT, seen, None, ctx.large[i]), gradient.sum(1)
+                if cast:
+                    to_weight, to_bias = to_weight.float(), to_bias.float()
+                if plan.members:
+                    to_weight, to_bias = to_weight.view_as(parameters[2 * i]), to_bias.view_as(parameters[2 * i + 1])
+                result[2 + 2 * i], result[3 + 2 * i] = to_weight, to_bias
             if i or wanted[0]:
-                gradient = _product(gradient, ctx.cast[i])
-        return (gradient.to(x.dtype) if wanted[0] else None, None, None, None, *reversed(result))
+                gradient, last = _product(gradient, ctx.weights[i], None, ctx.large[i]), seen
+        if wanted[0]:
+            result[0] = gradient.to(x.dtype)
+        return tuple(result)
+
+    @staticmethod
+    def _again(
+        plan: _Plan, wanted: Sequence[bool], gradient: Tensor, x: Tensor, parameters: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """The same gradients by the composed form, with a graph of their own."""
+        y = x
+        for i in range(len(plan.sizes)):
+            kind = (plan.activation, plan.dtype) if i < plan.hidden else (None, torch.float32)
+            y = _layer(y, parameters[2 * i], parameters[2 * i + 1], *kind)
+        inputs = [t for t, want in zip((x, *parameters), (wanted[0], *wanted[2:]), strict=True) if want]
+        found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
+        return tuple(next(found) if want else None for want in wanted)
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:
+    """a (N, M, K) times b (N, K, O), plus bias (N, O)."""
+    if not onednn:
+        return torch.bmm(a, b) if bias is None else torch.baddbmm(bias.unsqueeze(1), a, b)
+    linear = torch.ops.mkldnn._linear_pointwise
+    each = [linear(a[n], b[n].t(), None if bias is None else bias[n], "none", [], "") for n in range(len(a))]
+    return torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
 
 
 class Linear(nn.Module):
@@ -213,7 +232,6 @@ class MLP(nn.Module):
                 f"no activation is called '{activation}'.{near(activation, _ACTIVATIONS)} "
                 f"There are {', '.join(_ACTIVATIONS)}."
             )
-        self.activation, self.members, self.dtype = activation, members, _DTYPES[precision]
         sizes = [inputs, *hidden]
         fused = None if layer_norm else activation
         self.layers = nn.ModuleList(
@@ -221,18 +239,28 @@ class MLP(nn.Module):
         )
         self.norms = nn.ModuleList(LayerNorm(seeds, width, members) for width in hidden if layer_norm)
         self.head = None if outputs is None else Linear(seeds, sizes[-1], outputs, members)
-        self._stack = [layer for layer in (*self.layers, self.head) if layer is not None]
+        stack = [*self.layers, self.head] if self.head is not None else list(self.layers)
+        self._plan = _Plan(
+            activation,
+            _DTYPES[precision],
+            len(hidden),
+            members is not None,
+            tuple(i * o for i, o in pairwise([*sizes, *([] if outputs is None else [outputs])])),
+        )
+        self._parameters_in_order = [p for layer in stack for p in (layer.weight, layer.bias)]
+        self.members = members
 
     def forward(self, x: Tensor) -> Tensor:
         """(S, B, I) -> (S, [K,] B, O), fp32."""
         if self.norms:
             for layer, norm in zip(self.layers, self.norms, strict=True):
-                x = _ACTIVATIONS[self.activation][0](norm(layer(x)))
+                x = _ACTIVATIONS[self._plan.activation][0](norm(layer(x)))
             return x if self.head is None else self.head(x)
+        if self.members is None:
+            return _Layers.apply(x, self._plan, *self._parameters_in_order).float()  # type: ignore[no-any-return]
         x = _for_members(x, self.members)
-        parameters = [p for layer in self._stack for p in (layer.weight, layer.bias)]
-        y = _Layers.apply(x.flatten(0, -3), self.activation, self.dtype, self.head is not None, *parameters)
-        return y.float().unflatten(0, x.shape[:-2])
+        y = _Layers.apply(x.flatten(0, 1), self._plan, *self._parameters_in_order)
+        return y.float().unflatten(0, x.shape[:2])  # type: ignore[no-any-return]
 
 
 class ConvEncoder(nn.Module):

@@ -4,48 +4,56 @@ from __future__ import annotations
 
 from guerdon.lazy import torch
 
+_CHILDREN = 16  # of a node: few levels, each one operation over a short row, beat many levels of two
+
 
 class SumTree:
     """Non-negative weights of `size` leaves for each of S seeds, and draws in proportion to them in O(log size).
 
-    Node 1 is the root and node k has the children 2k and 2k + 1; a parent is the float64 sum of its children, computed
-    anew whenever one changes, so that no rounding error grows.
+    A node is the float64 sum of its children, computed anew whenever one changes, so that no rounding error grows.
     """
 
     def __init__(self, seeds: int, size: int, device: torch.device | str = "cpu") -> None:
-        self.depth = max(1, (size - 1).bit_length())
-        self._width = 2 << self.depth  # nodes of a tree, with the unused node 0
-        self._leaves = slice(1 << self.depth, (1 << self.depth) + size)
-        self._nodes = torch.zeros(seeds * self._width, dtype=torch.float64, device=device)
-        self._base = torch.arange(seeds, device=device)[:, None] * self._width
+        self._size = size
+        self._levels: list[torch.Tensor] = []  # from the leaves up to the children of the root, each (S, families, 16)
+        while not self._levels or size > 1:
+            size = -(-size // _CHILDREN)
+            self._levels.append(torch.zeros(seeds, size, _CHILDREN, dtype=torch.float64, device=device))
+        self._seed = torch.arange(seeds, device=device)[:, None]
+        self._order = torch.arange(_CHILDREN, device=device)
 
     @property
     def weights(self) -> torch.Tensor:
         """(S, size), a view."""
-        return self._nodes.view(-1, self._width)[:, self._leaves]
+        return self._levels[0].flatten(1)[:, : self._size]
 
     @property
     def total(self) -> torch.Tensor:
         """(S,) sums of weights."""
-        return self._nodes[self._base[:, 0] + 1]
+        return self._levels[-1].sum((1, 2))
 
     def set(self, index: torch.Tensor, weight: torch.Tensor) -> None:
         """Set the leaves `index` (S, B) to `weight` (S, B)."""
-        node = index + self._leaves.start
-        self._nodes[self._base + node] = weight.double()
-        for _ in range(self.depth):
-            node = node >> 1
-            left = self._base + 2 * node
-            self._nodes[self._base + node] = self._nodes[left] + self._nodes[left + 1]
+        value = weight.double()
+        for level in self._levels:
+            family = index // _CHILDREN
+            level[self._seed, family, index % _CHILDREN] = value
+            index, value = family, self._families(level, family).sum(-1)
 
     def find(self, mass: torch.Tensor) -> torch.Tensor:
         """The leaves (S, B) where the cumulated weight passes `mass` (S, B), below `total`; never one of weight 0."""
-        mass, node = mass.double(), torch.ones_like(mass, dtype=torch.int64)
-        for _ in range(self.depth):
-            left = self._base + 2 * node
-            below = self._nodes[left]
+        mass, node = mass.double(), torch.zeros_like(mass, dtype=torch.int64)
+        for level in reversed(self._levels):
+            weight = self._families(level, node)
+            cumulated = weight.cumsum(-1)
             # Rounding may leave more mass than there is weight; it must not end in an empty branch.
-            right = (mass >= below) & (self._nodes[left + 1] > 0)
-            mass = torch.where(right, mass - below, mass)
-            node = 2 * node + right
-        return node - self._leaves.start
+            last = ((weight > 0) * self._order).amax(-1)
+            child = torch.minimum((cumulated <= mass[..., None]).sum(-1), last)[..., None]
+            mass = mass - (cumulated - weight).gather(-1, child)[..., 0]
+            node = node * _CHILDREN + child[..., 0]
+        return node
+
+    def _families(self, level: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """The children (S, B, 16) of the nodes `index` (S, B)."""
+        rows = (index + self._seed * level.shape[1]).reshape(-1)
+        return level.flatten(0, 1).index_select(0, rows).view(*index.shape, _CHILDREN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
@@ -154,8 +154,8 @@ class Replay:
             "end": np.repeat(transitions.starts + lengths - 1, lengths),
         }
         if isinstance(following, Chained):
-            arrays["final"] = np.where(following._ends, np.cumsum(following._ends) - 1, -1)
-            replay._finals = torch.as_tensor(following._finals, device=device)
+            arrays["final"] = np.where(following.ends, np.cumsum(following.ends) - 1, -1)
+            replay._finals = torch.as_tensor(following.finals, device=device)
         else:
             arrays["next_obs"] = following
         data = {name: torch.as_tensor(array, device=device)[None] for name, array in arrays.items()}
@@ -300,13 +300,14 @@ class Replay:
         ahead = (left + back)[..., None]
         rows = self._shift(index[..., None], torch.minimum(offset, ahead) - back[..., None])
         obs = self._observed(rows)
+        action, reward, terminated, truncated = self._take_all(["action", "reward", "terminated", "truncated"], rows)
         return Batch(
             obs,
-            self._take("action", rows),
-            self._take("reward", rows),
+            action,
+            reward,
             self._following(rows, obs),
-            self._take("terminated", rows),
-            self._take("truncated", rows),
+            terminated,
+            truncated,
             torch.ones_like(rows),
             index=rows,
             mask=offset <= ahead,
@@ -409,10 +410,14 @@ class Replay:
         return self._take("end", index).clamp(max=self._time - 1) - self._when(index)
 
     def _take(self, name: str, index: Tensor) -> Tensor:
+        return self._take_all([name], index)[0]
+
+    def _take_all(self, names: Sequence[str], index: Tensor) -> list[Tensor]:
+        """Fields of the rows `index` (S, ...)."""
         if not self._fixed:
             index = index + self._base.view(-1, *[1] * (index.dim() - 1))
-        flat = self._flat[name]
-        return flat.index_select(0, index.reshape(-1)).view(*index.shape, *flat.shape[1:])
+        rows, flat = index.reshape(-1), [self._flat[name] for name in names]
+        return [field.index_select(0, rows).view(*index.shape, *field.shape[1:]) for field in flat]
 
     def _observed(self, index: Tensor) -> Tensor:
         if self._frames == 1:
@@ -434,28 +439,21 @@ class Replay:
         return torch.cat([obs.narrow(axis, newest.shape[axis], obs.shape[axis] - newest.shape[axis]), newest], axis)
 
     def _gather(self, index: Tensor) -> Batch:
-        obs = self._observed(index)
+        obs, action = self._observed(index), self._take("action", index)
+        last, before, steps = index, obs, torch.ones_like(index)
         if self._n_step == 1:
-            last, steps, reward, before = index, torch.ones_like(index), self._take("reward", index), obs
+            reward = self._take("reward", index)
         else:
             offset = torch.arange(self._n_step, device=index.device)
-            rows = self._shift(index[..., None], offset)
+            rewards, terminated = self._take_all(["reward", "terminated"], self._shift(index[..., None], offset))
             counts = offset <= self._left(index)[..., None]
-            counts[..., 1:] &= self._take("terminated", rows[..., :-1]).cumsum(-1) == 0
-            steps = counts.sum(-1)
-            reward = (self._take("reward", rows) * counts * self._gamma**offset).sum(-1)
+            counts[..., 1:] &= terminated[..., :-1].cumsum(-1) == 0
+            steps, reward = counts.sum(-1), (rewards * counts * self._gamma**offset).sum(-1)
             last = self._shift(index, steps - 1)
-            before = self._observed(last) if "final" in self._data else obs
-        return Batch(
-            obs,
-            self._take("action", index),
-            reward,
-            self._following(last, before),
-            self._take("terminated", last),
-            self._take("truncated", last),
-            steps,
-            index=index,
-        )
+            before = self._observed(last) if self._frames > 1 else obs
+        terminated, truncated = self._take_all(["terminated", "truncated"], last)
+        following = self._following(last, before)
+        return Batch(obs, action, reward, following, terminated, truncated, steps, index=index)
 
     def _relabel(self, batch: Batch, index: Tensor, how: Hindsight) -> None:
         chosen, place = self._streams.uniform("replay/goals", index.shape[1], 2).unbind(-1)

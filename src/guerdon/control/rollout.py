@@ -5,18 +5,19 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from guerdon.control.environments import Environments
+from guerdon.control.policy import ControlPolicy
+from guerdon.control.simulators import make, spec_of
+from guerdon.control.spaces import Spec
+from guerdon.control.streams import Streams
 from guerdon.errors import ConfigError
-
-if TYPE_CHECKING:
-    from guerdon.control.policy import ControlPolicy
-    from guerdon.control.spaces import Spec
 
 # Mean returns of a random and of an expert policy by which D4RL (Fu et al. 2020) normalises; Minari keeps them.
 REFERENCES = {
@@ -71,6 +72,28 @@ def evaluate(policy: ControlPolicy, env: str, episodes: int, seed: int = 0, **op
     return metrics if scores is None else metrics | {"normalized": scores}
 
 
+class _RandomPolicy(ControlPolicy):
+    def __init__(self, spec: Spec, env: str, seeds: Sequence[int]) -> None:
+        self.spec, self.env, self.seeds = spec, env, list(seeds)
+        self._streams = Streams(self.seeds)
+
+    def act(self, obs: np.ndarray, streams: Streams | None = None) -> np.ndarray:
+        spec, streams = self.spec, streams or self._streams
+        if spec.discrete:
+            return streams.integers("random", spec.actions, obs.shape[1]).numpy()
+        low, high = np.array(spec.low, np.float32), np.array(spec.high, np.float32)
+        return low + (high - low) * streams.uniform("random", obs.shape[1], spec.actions).numpy()
+
+    def take(self, index: int) -> ControlPolicy:
+        return _RandomPolicy(self.spec, str(self.env), [self.seeds[index]])
+
+
+def random_policy(env: str, seeds: Sequence[int]) -> ControlPolicy:
+    """Policies that act uniformly at random in `env`, one for each seed: what any other is measured against."""
+    with closing(make(env)) as made:
+        return _RandomPolicy(spec_of(made), env, seeds)
+
+
 def _require_fit(policy: Spec, env: Spec, name: str) -> None:
     for what, own, theirs in (
         ("observations of shape", policy.observation, env.observation),
@@ -121,8 +144,6 @@ def film(
     Raises:
         ConfigError: see `evaluate`.
     """
-    from PIL import Image
-
     alone = policy.take(index)
     with closing(Environments(env, [_JUDGED + seed], **options)) as environments:
         _require_fit(policy.spec, environments.spec, env)
@@ -139,16 +160,21 @@ def film(
         os.environ.setdefault("MUJOCO_GL", "egl")  # the only way of drawing that needs no screen and is often there
     try:
         stills = _stills(env, options | {"render_mode": "rgb_array"}, seed, actions, set(shown.tolist()), height)
+        return Film(_file(stills, kind), "", ret, length)
     except Exception as error:  # it ran without drawing: whatever fails now is the drawing, each in a way of its own
         return Film(b"", f"{env} cannot be drawn here ({type(error).__name__}: {error})", ret, length)
+
+
+def _file(stills: list[np.ndarray], kind: str) -> bytes:
+    from PIL import Image
+
     file = io.BytesIO()
     if kind == "png":
-        strip = np.concatenate(stills, 1)
-        Image.fromarray(strip).save(file, "png")
+        Image.fromarray(np.concatenate(stills, 1)).save(file, "png")
     else:
         first, *rest = map(Image.fromarray, stills)
         first.save(file, "gif", save_all=True, append_images=rest, duration=_MILLISECONDS, loop=0)
-    return Film(file.getvalue(), "", ret, length)
+    return file.getvalue()
 
 
 def _stills(

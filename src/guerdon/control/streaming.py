@@ -209,7 +209,7 @@ class Welford:
         return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        vars(self).update({k: v.numpy() if isinstance(v, Tensor) else v for k, v in state.items()})
+        vars(self).update({k: np.array(v) if isinstance(v, Tensor) else v for k, v in state.items()})
 
 
 class ObservationNormalizer(Welford):
@@ -244,7 +244,8 @@ class Senses:
         shape: of an observation.
         frames: how many frames an observation stacks on its first axis, the newest last; each is normalised once, when
             it comes, and then stacked.
-        tick: what the time feature grows by in a step (1 / time limit); None without it.
+        tick: what the time feature grows by in a step (1 / time limit); None without it. It is -0.5 at a reset and at
+            the step after it, as in the paper's experiments.
     """
 
     def __init__(self, options: Ingredients, shape: Sequence[int], frames: int = 1, tick: float | None = None) -> None:
@@ -266,23 +267,26 @@ class Senses:
             self.stack.append(x)
         x = np.concatenate(self.stack)
         if self.tick is not None:
-            self.time = -0.5 if begins else self.time + self.tick
+            self.time = -0.5 if begins else self.time
             x = np.append(x, self.time)
+            self.time += 0.0 if begins else self.tick
         return torch.from_numpy(x[None]).float()
 
     def reward(self, reward: float, done: bool) -> float:
         return self.scaler(reward, done) if self.scaler is not None else float(reward)
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("normalizer", "scaler") if getattr(self, name) is not None}
-        return {"time": self.time, "stack": list(self.stack), **{name: part.state_dict() for name, part in kept.items()}}
+        return {"time": self.time, "stack": list(self.stack), "parts": [part.state_dict() for part in self._parts]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.time = state["time"]
-        self.stack.extend(frame.numpy() for frame in state["stack"])
-        for name in ("normalizer", "scaler"):
-            if name in state:
-                getattr(self, name).load_state_dict(state[name])
+        self.stack.extend(np.asarray(frame) for frame in state["stack"])
+        for part, saved in zip(self._parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+
+    @property
+    def _parts(self) -> list[Welford]:
+        return [part for part in (self.normalizer, self.scaler) if part is not None]
 
 
 # Agents of one stream, in torch
@@ -294,6 +298,7 @@ class ValueAgent:
     def __init__(self, kind: Kind, options: Ingredients, network: nn.Module) -> None:
         self.kind, self.gamma, self.network = kind, options.gamma, network
         self.optimizer = build_optimizer(options, network.parameters(), options.kappa)
+        self.optimizers = (self.optimizer,)
 
     @torch.no_grad()
     def act(self, x: Tensor, noise: Tensor, epsilon: float) -> tuple[int, bool]:
@@ -349,6 +354,7 @@ class ActorCriticAgent:
         self.policy, self.value = policy, value
         self.policy_optimizer = build_optimizer(options, policy.parameters(), options.kappa_policy)
         self.value_optimizer = build_optimizer(options, value.parameters(), options.kappa)
+        self.optimizers = (self.value_optimizer, self.policy_optimizer)
 
     def distribution(self, x: Tensor) -> torch.distributions.Distribution:
         out = self.policy(x)[0]
@@ -381,7 +387,7 @@ class ActorCriticAgent:
         policy = self.distribution(x)
         entropy = policy.entropy()
         objective = policy.log_prob(action) + self.entropy_coef * float(np.sign(delta)) * entropy
-        for optimizer, learned in ((self.value_optimizer, value), (self.policy_optimizer, objective)):
+        for optimizer, learned in zip(self.optimizers, (value, objective), strict=True):
             optimizer.zero_grad()
             learned.backward()
             optimizer.step(delta, reset=done)
@@ -403,12 +409,12 @@ class ActorCriticAgent:
 class StreamActor(nn.Module):
     """The policies of S learners: the best action, with `streams` what they would have drawn.
 
-    TD's holds values (`forward`) and acts at random. Where there was a time feature it stays in the middle, at 0: an
-    actor is not told how far an episode has come.
+    TD's holds values (`forward`) and acts at random. Networks that learned with the time feature want to know how far
+    an episode has come; who does not tell them has them act as in its middle, and often worse.
 
     Args:
         learns: td, q, sarsa or ac.
-        timed: whether the last input of the networks is the time feature.
+        tick: by which the time feature grows in a step; None without it.
         epsilon: share of random actions of Q and SARSA when acting with streams.
     """
 
@@ -421,13 +427,13 @@ class StreamActor(nn.Module):
         learns: Kind,
         hidden: Sequence[int],
         layer_norm: bool,
-        timed: bool,
+        tick: float | None,
         epsilon: float = 0.0,
     ) -> None:
         super().__init__()
-        self.seeds, self.spec, self.learns, self.timed, self.epsilon = seeds, spec, learns, timed, epsilon
+        self.seeds, self.spec, self.learns, self.tick, self.epsilon = seeds, spec, learns, tick, epsilon
         self.hidden, self.layer_norm = tuple(hidden), layer_norm
-        inputs = (spec.observation[0] + 1,) if timed else spec.observation
+        inputs = spec.observation if tick is None else (spec.observation[0] + 1,)
         self.gaussian = learns == "ac" and not spec.discrete
         outputs = 1 if learns == "td" else spec.actions * (2 if self.gaussian else 1)
         self._network = [build_network(inputs, outputs, hidden, layer_norm)]  # in a list: its weights are not ours
@@ -444,15 +450,20 @@ class StreamActor(nn.Module):
             "learns": self.learns,
             "hidden": list(self.hidden),
             "layer_norm": self.layer_norm,
-            "timed": self.timed,
+            "tick": self.tick,
             "epsilon": self.epsilon,
         }
 
-    def forward(self, obs: Tensor) -> Tensor:
-        """Outputs (S, B, O) for observations (S, B, *obs): values, or what a policy's distribution is made of."""
+    def forward(self, obs: Tensor, elapsed: Tensor | None = None) -> Tensor:
+        """Outputs (S, B, O) for observations (S, B, *obs): values, or what a policy's distribution is made of.
+
+        Args:
+            elapsed: (S, B) steps since the episodes began.
+        """
         obs = obs.float()
-        if self.timed:
-            obs = F.pad(obs, (0, 1))
+        if self.tick is not None:
+            time = torch.zeros(obs.shape[:2]) if elapsed is None else (elapsed - 1).clamp(min=0) * self.tick - 0.5
+            obs = torch.cat([obs, time.unsqueeze(-1)], -1)
         (network,) = self._network
         found = []
         for weights, x in zip(self.weights, obs, strict=True):
@@ -460,11 +471,11 @@ class StreamActor(nn.Module):
             found.append(network(x))
         return torch.stack(found)
 
-    def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:
-        """Actions (S, B, A), or (S, B) where they are discrete, for observations (S, B, *obs)."""
+    def act(self, obs: Tensor, streams: Streams | None = None, elapsed: Tensor | None = None) -> Tensor:
+        """Actions (S, B, A), or (S, B) where they are discrete, for observations (S, B, *obs); see `forward`."""
         if self.learns == "td":
             return self._at_random(obs.shape[1], streams)
-        out = self(obs)
+        out = self(obs, elapsed)
         if self.gaussian:
             mean, deviation = out.chunk(2, -1)
             if streams is not None:
@@ -562,7 +573,7 @@ class Learner(ABC):
 
     @abstractmethod
     def step(
-        self, obs: np.ndarray, final: np.ndarray, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray
+        self, obs: np.ndarray, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, final: np.ndarray
     ) -> np.ndarray:
         """`final` (S, ...) is where the actions led, `obs` where the next ones are taken: after an end the first
         observation of the next episode, else the same.
@@ -584,7 +595,7 @@ class Learner(ABC):
             self.kind,
             self.hidden,
             self.options.layer_norm,
-            timed=self.tick is not None,
+            tick=self.tick,
             epsilon=self.options.epsilon(1.0),
         )
         actor.weights.data = self.weights("policy" if self.kind == "ac" else "value")
@@ -628,9 +639,7 @@ class TorchLearner(Learner):
 
     def _agent(self, networks: dict[str, nn.Sequential]) -> Any:
         if self.kind == "ac":
-            return ActorCriticAgent(
-                cast(ActorCriticIngredients, self.options), **networks, discrete=self.spec.discrete
-            )
+            return ActorCriticAgent(cast(ActorCriticIngredients, self.options), **networks, discrete=self.spec.discrete)
         return ValueAgent(self.kind, self.options, networks["value"])
 
     def _choose(self, agent: Any, x: Tensor, noise: Tensor) -> tuple[Any, bool]:
@@ -643,15 +652,15 @@ class TorchLearner(Learner):
         return np.array([int(action) for action, _ in self.choices])
 
     def begin(self, obs: np.ndarray) -> np.ndarray:
-        for _, part in (named for agent in self.agents for named in _stateful(agent)):
-            if isinstance(part, TraceOptimizer):
-                part.forget()
+        for agent in self.agents:
+            for optimizer in agent.optimizers:
+                optimizer.forget()
         self.x = [sense.observe(o, True) for sense, o in zip(self.senses, obs, strict=True)]
         self.choices = [self._choose(*each) for each in zip(self.agents, self.x, self.noise(), strict=True)]
         return self.actions
 
     def step(
-        self, obs: np.ndarray, final: np.ndarray, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray
+        self, obs: np.ndarray, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, final: np.ndarray
     ) -> np.ndarray:
         noise = self.noise()
         self.count += 1
@@ -726,7 +735,8 @@ class KernelLearner(Learner):
             kappa_policy=bound * getattr(chosen, "kappa_policy", 0.0),
             entropy=getattr(chosen, "entropy_coef", 0.0),
         )
-        self.nets = {name: self._stacked([each[name] for each in networks], kernels.ROWS[rule]) for name in self.outputs}
+        rows = kernels.ROWS[rule]
+        self.nets = {name: self._stacked([each[name] for each in networks], rows) for name in self.outputs}
         (width,) = self.spec.observation
         self.senses = kernels.Senses(
             x=np.zeros((seeds, *self.inputs), np.float32),
@@ -734,8 +744,8 @@ class KernelLearner(Learner):
             clock=np.zeros(seeds),
             returns=np.zeros((seeds, 4)),
         )
-        discrete = (seeds,) if self.kind != "ac" else (seeds, 1)
-        self.action = np.zeros((seeds, self.spec.actions), np.float32) if self.gaussian else np.zeros(discrete, np.int64)
+        shape = () if self.kind != "ac" else (self.spec.actions,) if self.gaussian else (1,)
+        self.action = np.zeros((seeds, *shape), np.float32 if self.gaussian else np.int64)
         self.explored = np.zeros(seeds, bool)
 
     def _stacked(self, networks: list[nn.Sequential], rows: int) -> Any:
@@ -750,32 +760,25 @@ class KernelLearner(Learner):
     def begin(self, obs: np.ndarray) -> np.ndarray:
         for net in self.nets.values():
             net.rows[:, 1] = 0.0
-        noise = self.noise().numpy()
+        known, seen = (self.senses, self.settings), (obs, self.noise().numpy(), self.action)
+        nets = self.nets
         if self.kind == "ac":
-            policy, value = self.nets["policy"], self.nets["value"]
-            self.kernels.actor_critic_begin(
-                self.gaussian, policy, value, self.senses, self.settings, obs, noise, self.action
-            )
+            self.kernels.actor_critic_begin(self.gaussian, nets["policy"], nets["value"], *known, *seen)
         else:
-            self.kernels.value_begin(
-                self.nets["value"], self.senses, self.settings, self.epsilon, obs, noise, self.action, self.explored
-            )
+            self.kernels.value_begin(nets["value"], *known, self.epsilon, *seen, self.explored)
         return self.actions
 
     def step(
-        self, obs: np.ndarray, final: np.ndarray, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray
+        self, obs: np.ndarray, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, final: np.ndarray
     ) -> np.ndarray:
         self.count += 1
-        seen = self.count, obs, final, reward, terminated, truncated, self.noise().numpy()
+        known = self.senses, self.settings
+        seen = self.count, obs, reward, terminated, truncated, final, self.noise().numpy(), self.action
+        nets = self.nets
         if self.kind == "ac":
-            policy, value = self.nets["policy"], self.nets["value"]
-            self.kernels.actor_critic_step(
-                self.gaussian, policy, value, self.senses, self.settings, *seen, self.action, self.tally
-            )
+            self.kernels.actor_critic_step(self.gaussian, nets["policy"], nets["value"], *known, *seen, self.tally)
         else:
-            self.kernels.value_step(
-                self.nets["value"], self.senses, self.settings, self.epsilon, *seen, self.action, self.explored, self.tally
-            )
+            self.kernels.value_step(nets["value"], *known, self.epsilon, *seen, self.explored, self.tally)
         return self.actions
 
     @property

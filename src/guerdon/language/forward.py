@@ -45,6 +45,9 @@ class GroupModel(nn.Module):
         padded: compute separate padded rows instead. The reference that the group forward is tested against, and the
             way for architectures whose attention cannot be told who sees whom.
 
+    Attributes:
+        sharded: where processes share the weights (`sharding.shard`), the dtype that they are gathered in, else None.
+
     Raises:
         ConfigError: where `padded` is False and the architecture cannot compute on groups (see `supports_groups`).
     """
@@ -56,6 +59,7 @@ class GroupModel(nn.Module):
             raise ConfigError(f"{type(model).__name__} cannot compute on packed groups: {why_not}; use padded rows")
         self.model = model
         self.padded = padded
+        self.sharded: torch.dtype | None = None
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -73,7 +77,8 @@ class GroupModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        """What the matmuls run in."""
+        return self.sharded or next(self.model.parameters()).dtype
 
     def forward(self, batch: Batch, wants: Collection[str] = ("logps",), temperature: float = 1.0) -> Outputs:
         """Compute what `wants` names among logps, entropy, scores, values."""
@@ -85,9 +90,9 @@ class GroupModel(nn.Module):
                 states.to(weight.dtype), weight, batch.target, temperature, "entropy" in wants
             )
         if "values" in wants:
-            outputs.values = self.head(states).squeeze(-1).float()
+            outputs.values = self.head(states).float().sum(-1)  # over one number: FSDP warns of views, as of squeeze
         if "scores" in wants:
-            outputs.scores = self.head(last).squeeze(-1).float()
+            outputs.scores = self.head(last).float().sum(-1)
         return outputs
 
     @torch.no_grad()
@@ -96,12 +101,12 @@ class GroupModel(nn.Module):
         batch = pack([group], self.device)
         grouped = self(batch, temperature=temperature).logps
         self._base.set_attn_implementation("sdpa")
+        self.padded = True
         try:
-            states, _ = self._padded_states(batch)
+            separate = self(batch, temperature=temperature).logps
         finally:
+            self.padded = False
             self._base.set_attn_implementation(attention.NAME)
-        weight = self.model.get_output_embeddings().weight
-        separate, _ = token_logps(states.to(weight.dtype), weight, batch.target, temperature)
         return float((grouped - separate).abs().max()) if len(separate) else 0.0
 
     @property

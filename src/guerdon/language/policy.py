@@ -74,9 +74,11 @@ class Policy:
 
     def rewards(self, groups: Sequence[Group], max_tokens: int = 4096) -> list[list[float]]:
         """What the head of a reward model says of each completion of each group."""
+        from guerdon.language.sharding import in_step
+
         found: dict[int, list[float]] = {}
         with torch.no_grad():
-            for part in micro_batches(groups, max_tokens):
+            for part in in_step(self.model, micro_batches(groups, max_tokens)):
                 scores = iter(self.model(pack(part, self.model.device), {"scores"}).scores.tolist())
                 for group in part:
                     found[id(group)] = [next(scores) for _ in range(len(group))]
@@ -99,9 +101,11 @@ def annotate(
     model: GroupModel, groups: Sequence[Group], name: str, wants: str, temperature: float, max_tokens: int
 ) -> None:
     """Compute a per-token output of `model` without gradients and store it in the groups' segments as `name`."""
+    from guerdon.language.sharding import in_step
+
     model.eval()
     with torch.no_grad():
-        for part in micro_batches(groups, max_tokens):
+        for part in in_step(model, micro_batches(groups, max_tokens)):
             batch = pack(part, model.device)
             unpack(batch, name, getattr(model(batch, {wants}, temperature), wants))
 

@@ -50,8 +50,8 @@ class ControlMethod(Method):
     def check_loop(self, training: ControlTraining) -> None:
         check_range(vars(self), "batch_size", low=1)
         check_range(vars(self), "gamma", high=1)
-        if not self.hidden or min(self.hidden) < 1:
-            raise ConfigError(f"hidden is {self.hidden}: it lists the widths of at least one hidden layer.")
+        if any(width < 1 for width in self.hidden):
+            raise ConfigError(f"hidden is {self.hidden}: every layer must be at least 1 wide.")
 
     def check_spec(self, spec: Spec, where: str) -> None:
         """Raise `ConfigError` where the method cannot act in such an environment; it names those that can."""
@@ -118,63 +118,98 @@ class OfflineControl(ControlMethod):
 
 @dataclass(kw_only=True)
 class OnlineControl(ControlMethod):
-    """The loop in environments, one or more for each seed: act, step, observe.
-
-    What is observed goes into a replay buffer, from which the method learns every `train_every` steps. A method that
-    learns otherwise has an `observe` of its own.
-    """
+    """The loop in environments, one or more for each seed: act, step, observe."""
 
     steps: int = 1_000_000  # environment steps of each seed in the published method
-    buffer_size: int = 1_000_000  # transitions that the replay buffer holds
-    learning_starts: int = 10_000  # environment steps before the first update
-    train_every: int = 1  # environment steps between updates
 
     def check_loop(self, training: ControlTraining) -> None:
         super().check_loop(training)
-        check_range(vars(self), "steps", "buffer_size", "train_every", low=1)
-        check_range(vars(self), "learning_starts")
+        check_range(vars(self), "steps", low=1)
         if training.data is not None:
             raise ConfigError(
                 f"{self.name} learns in an environment: give env instead of data. "
                 f"`guerdon inspect {training.data}` says which methods can learn from the data."
             )
 
-    def setup(self, run: ControlRun) -> None:
-        from guerdon.control.replay import Replay
-
-        assert run.envs is not None
-        shape = (self.buffer_size, len(run.seeds), run.spec, run.streams)
-        self.replay = run.add("replay", Replay(*shape, copies=run.envs.copies, frames=run.envs.frames))
-        self.compiled = run.compiled(self.update)
+    def total(self, training: ControlTraining) -> int:
+        """Environment steps of each seed in the whole run."""
+        return training.max_samples or self.steps
 
     def explore(self, run: ControlRun, obs: np.ndarray) -> np.ndarray:
         """Actions (S, C[, A]) to learn from where the environments show `obs` (S, C, ...)."""
         raise NotImplementedError
 
-    def observe(self, run: ControlRun, obs: Any, actions: Any, step: Step) -> Metrics | None:
+    def observe(self, run: ControlRun, obs: np.ndarray, actions: np.ndarray, step: Step) -> Metrics | None:
         """Learn from one step of all environments; metrics where there was an update."""
-        self.replay.add(obs, actions, step.reward, step.final_obs, step.terminated, step.truncated)
-        taken = run.cursor.step
-        if taken < self.learning_starts or taken % self.train_every:
-            return None
-        run.batch = self.replay.sample(self.batch_size)
-        return self.compiled(run.batch)
+        raise NotImplementedError
+
+    def interrupt(self) -> None:
+        """What comes next does not follow from what was observed last: the environments could not be restored."""
+        raise NotImplementedError
 
     def learn(self, run: ControlRun) -> Iterator[Metrics]:
         from guerdon.training.control import Means
 
         envs, cursor, means = run.envs, run.cursor, Means()
         assert envs is not None
-        obs = envs.obs if cursor.step else envs.reset()
-        for stop in run.stretches(run.config.max_samples or self.steps):
+        if cursor.step == 0:
+            envs.reset()
+        elif not envs.restorable:
+            self.interrupt()
+        for stop in run.stretches(self.total(run.config)):
             while cursor.step < stop:
+                obs = envs.obs
                 actions = self.explore(run, obs)
                 step = envs.step(actions)
                 cursor.step += self.copies
                 cursor.samples = cursor.step
-                run.episodes.add(step.finished)
+                if step.finished:
+                    run.episodes.add(step.finished)
                 metrics = self.observe(run, obs, actions, step)
                 if metrics:
                     means.add(metrics)
-                obs = step.obs
             yield {**run.episodes.take(), **means.take()}
+
+
+@dataclass(kw_only=True)
+class ReplayControl(OnlineControl):
+    """Learning from what was observed long ago too: all of it goes into a replay buffer, from which batches come."""
+
+    buffer_size: int = 1_000_000  # transitions that the replay buffer holds
+    learning_starts: int = 10_000  # environment steps before the first update
+    train_every: int = 1  # environment steps between updates
+
+    def check_loop(self, training: ControlTraining) -> None:
+        super().check_loop(training)
+        check_range(vars(self), "buffer_size", "train_every", low=1)
+        check_range(vars(self), "learning_starts")
+        if self.learning_starts >= self.total(training):
+            raise ConfigError(
+                f"learning_starts is {self.learning_starts}, and the run ends after {self.total(training)} steps: "
+                "nothing would be learned. Lower it, or raise max_samples."
+            )
+
+    def setup(self, run: ControlRun, **options: Any) -> None:
+        """Make the replay buffer, with `options` of `Replay`; networks come first."""
+        from guerdon.control.replay import Replay
+
+        assert run.envs is not None
+        capacity = min(self.buffer_size, self.total(run.config))
+        given = {"copies": run.envs.copies, "frames": run.envs.frames, **options}
+        self.replay = run.add("replay", Replay(capacity, len(run.seeds), run.spec, run.streams, **given))
+        self.compiled = run.compiled(self.update)
+
+    def draw(self, run: ControlRun) -> Batch:
+        """The batch of the next update."""
+        return self.replay.sample(self.batch_size)
+
+    def observe(self, run: ControlRun, obs: np.ndarray, actions: np.ndarray, step: Step) -> Metrics | None:
+        self.replay.add(obs, actions, step.reward, step.final_obs, step.terminated, step.truncated)
+        taken = run.cursor.step
+        if taken <= self.learning_starts or taken % self.train_every:
+            return None
+        run.batch = self.draw(run)
+        return self.compiled(run.batch)
+
+    def interrupt(self) -> None:
+        self.replay.cut()

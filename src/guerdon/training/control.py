@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from guerdon.control.replay import Replay
 from guerdon.errors import ConfigError
 from guerdon.lazy import torch
 from guerdon.training.config import ControlTraining
@@ -131,8 +132,9 @@ class ControlRun:
         config, cursor = self.config, self.cursor
         marks = (config.log_every, config.eval_every, config.checkpoint_every, config.snapshot_every)
         while cursor.step < total:
-            yield min(total, *((cursor.step // every + 1) * every for every in marks if every))
-            cursor.done = min(1.0, cursor.step / total)
+            stop = min(total, *((cursor.step // every + 1) * every for every in marks if every))
+            cursor.done = stop / total
+            yield stop
 
     # State
 
@@ -142,11 +144,18 @@ class ControlRun:
         save_state({"parts": parts, "cursor": asdict(self.cursor)}, directory)
 
     def restore(self, directory: Path) -> None:
-        """Continue from what `save` wrote."""
+        """Continue from what `save` wrote.
+
+        Environments that cannot be brought back to the middle of their episodes begin new ones; a note says so.
+        """
         state = load_state(directory)
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         self.cursor = Cursor(**state["cursor"])
+        if self.envs is not None and not self.envs.restorable:
+            self.notes += self.envs.notes
+            if isinstance(replay := self.parts.get("replay"), Replay):
+                replay.cut()
 
     def export(self, directory: Path) -> None:
         """Write the policies of all seeds."""

@@ -1,9 +1,9 @@
-"""Processes that hold the same weights: each computes the gradient of its share of a batch, and the shares are summed.
+"""Processes that share the work: each computes the gradient of its share of a batch, and the shares are summed.
 
 The loss is divided by totals that are counted over the global batch, so a sum of gradients (not a mean) over processes
-is the gradient of one process. What is supported is data parallelism with replicated weights, on CPU (gloo) or GPU
-(nccl), on one machine or several, launched by `accelerate launch` (see recipes/accelerate) or `torchrun`. Launches that
-ask accelerate to shard weights (FSDP, DeepSpeed) are refused, because these processes would replicate them.
+is the gradient of one process. Processes hold the same weights, or each a shard of the weights and of the optimiser's
+state where `accelerate launch` was told to use FSDP2; on CPU (gloo) or GPU (nccl), on one machine or several (see
+recipes/accelerate; `torchrun` works as well).
 """
 
 from __future__ import annotations
@@ -13,12 +13,23 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from guerdon.errors import ConfigError
 from guerdon.lazy import torch
 
+if TYPE_CHECKING:
+    from guerdon.language.forward import GroupModel
+
 T = TypeVar("T")
+
+FSDP = {  # options of an FSDP launch that would change something, and the value that describes what guerdon does
+    "version": "2",
+    "reshard_after_forward": "true",
+    "offload_params": "false",
+    "cpu_ram_efficient_loading": "false",
+    "activation_checkpointing": "false",
+}
 
 
 @dataclass(frozen=True)
@@ -29,25 +40,29 @@ class Distribution:
         rank: 0 to world - 1.
         world: number of processes.
         device: where this process computes, in torch's notation.
+        sharded: whether processes hold shards of the models and optimisers in training, and not copies.
     """
 
     rank: int = 0
     world: int = 1
     device: str = "cpu"
+    sharded: bool = False
 
     @classmethod
     def start(cls) -> Distribution:
         """Join the processes that the launcher started, or be the only one.
 
         Raises:
-            ConfigError: the launcher was told to shard weights, or accelerate is not installed.
+            ConfigError: the launcher was told to shard weights in a way that guerdon cannot, or accelerate is not
+                installed.
         """
-        for kind in ("FSDP", "DEEPSPEED"):
-            if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-                raise ConfigError(
-                    f"accelerate was launched with {kind}, but guerdon replicates weights and cannot shard them: "
-                    "launch with recipes/accelerate/ddp.yaml, and train large models with --lora-rank."
-                )
+        if _asked("DEEPSPEED"):
+            raise ConfigError(
+                "accelerate was launched with DeepSpeed, which guerdon does not run: FSDP2 shards weights, gradients "
+                "and optimiser state like its ZeRO 3; launch with recipes/accelerate/fsdp2.yaml."
+            )
+        if sharded := _asked("FSDP"):
+            _check_fsdp()
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(device="cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -57,7 +72,7 @@ class Distribution:
                 "several processes need accelerate: `pip install 'guerdon[distributed]'` installs it."
             ) from error
         state = PartialState(cpu=not torch.cuda.is_available())
-        return cls(state.process_index, state.num_processes, str(state.device))
+        return cls(state.process_index, state.num_processes, str(state.device), sharded)
 
     @property
     def is_main(self) -> bool:
@@ -80,9 +95,21 @@ class Distribution:
                 mine.append(index)
         return [items[index] for index in sorted(mine)]
 
+    def place(self, model: GroupModel, precision: str) -> GroupModel:
+        """The model on this process's device in the precision of a run: a copy, or this process's shard of it."""
+        if not self.sharded:
+            from guerdon.language.policy import cast
+
+            cast(model, precision)
+            return model.to(self.device)
+        from guerdon.language.sharding import shard
+
+        shard(model, torch.bfloat16 if precision == "bf16" else torch.float32, self.device)
+        return model
+
     def reduce_gradients(self, gradient: torch.Tensor) -> None:
-        """Sum `MasterAdamW.gradient` over the processes, in place."""
-        if self.world > 1:
+        """Sum `MasterAdamW.gradient` over the processes, in place; shards are summed by the backward pass already."""
+        if self.world > 1 and not self.sharded:
             torch.distributed.all_reduce(gradient)
 
     def reduce_metrics(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
@@ -117,3 +144,19 @@ class Distribution:
         """Wait for all processes."""
         if self.world > 1:
             torch.distributed.barrier()
+
+
+def _asked(kind: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true"
+
+
+def _check_fsdp() -> None:
+    for name, ours in FSDP.items():
+        found = os.environ.get(f"FSDP_{name.upper()}", ours).lower()
+        if found != ours:
+            raise ConfigError(
+                f"accelerate was launched with fsdp_{name}: {found}, and guerdon shards with fsdp_{name}: {ours}: "
+                "launch with recipes/accelerate/fsdp2.yaml. --gradient-checkpointing recomputes activations."
+            )
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        raise ConfigError(f"sharded training needs torch 2.13, and this is {torch.__version__}: upgrade torch.")

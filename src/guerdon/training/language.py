@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,23 +19,20 @@ from guerdon.feedback.records import Record, texts
 from guerdon.language.groups import Group, micro_batches
 from guerdon.language.packing import Batch, pack
 from guerdon.language.policy import HEAD, Policy, annotate, cast, resolve_precision
-from guerdon.language.sampling.base import Completion, Sampling, completion_seeds
 from guerdon.language.store import load_groups, save_groups
-from guerdon.language.templates import prompt_ids, render_all, render_each, stop_ids
+from guerdon.language.templates import render_all, render_each
 from guerdon.lazy import torch
 from guerdon.tasks import Task, load_task
 from guerdon.training.config import LanguageTraining
 from guerdon.training.distributed import Distribution
 from guerdon.training.optim import MasterAdamW, learning_rate
-from guerdon.training.runner import BudgetSpent
+from guerdon.training.rollouts import Metrics, Rollouts, forget_samples
 
 if TYPE_CHECKING:
     from guerdon.language.forward import GroupModel, Outputs
     from guerdon.methods.base import LanguageMethod
 
-Metrics = dict[str, Any]
 LossFunction = Callable[["Outputs", Batch], "tuple[torch.Tensor, Metrics]"]
-PROBE_GROUPS = 4  # groups of each round on which KL and entropy of the policy are measured
 GROUP_TOLERANCE = {
     "fp32": 1e-3,
     "bf16": 1.0,
@@ -70,8 +67,7 @@ class LanguageRun:
     """
 
     def __init__(self, method: LanguageMethod, config: LanguageTraining, distribution: Distribution, directory: Path):
-        from guerdon.language.forward import GroupModel, supports_groups
-        from guerdon.language.models import add_lora, fingerprint, load_model
+        from guerdon.language.models import fingerprint, load_model
 
         self.method, self.config, self.distribution, self.directory = method, config, distribution, directory
         self.seed = config.seed
@@ -89,25 +85,34 @@ class LanguageRun:
         model, self.tokenizer = self.load_start()
         self.precision = resolve_precision(config.precision, model)
         self._start = fingerprint(model) if self.task is None and method.needs_reference() else ""
-        if config.lora_rank:
-            model = add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        head = next((h for h in ("scores", "values") if h in method.wants), None)
-        self.model = GroupModel(model, head, padded=bool(supports_groups(model))).to(distribution.device)
+        self.model = self._trained(model)
         self.policy = Policy(self.model, self.tokenizer)
         self.optimizer = self._optimizer(self.model, method.lr)
         self.critic: Critic | None = None
+        self.rollouts = None if self.task is None else Rollouts(self, self.task)
         self.feedback: list[Group] = self._feedback() if self.task is None else []
         self._reference: GroupModel | None = None
         self._round: tuple[list[Group], Metrics] | None = None
         self._last_batch: list[Group] = []
 
+    def _trained(self, model: Any) -> GroupModel:
+        """The start with what is trained beside its weights or in their place: adapters, a head."""
+        from guerdon.language.forward import GroupModel, supports_groups
+        from guerdon.language.models import add_lora
+
+        if self.config.lora_rank:
+            model = add_lora(model, self.config.lora_rank, self.config.lora_alpha, self.config.seed)
+        if self.config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        head = next((h for h in ("scores", "values") if h in self.method.wants), None)
+        return GroupModel(model, head, padded=bool(supports_groups(model)))
+
     def _optimizer(self, model: GroupModel, lr: float) -> MasterAdamW:
-        """Cast a model's parameters to the precision of the run and optimise fp32 masters of what they were."""
+        """Bring a model to its device in the precision of the run, and optimise fp32 masters of what it was."""
         m = self.method
-        start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        cast(model, self.precision)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        start = {} if self.distribution.sharded else {name: p.detach().clone() for name, p in trained.items()}
+        self.distribution.place(model, self.precision)
         optimizer = MasterAdamW(
             model.named_parameters(),
             lr=lr,
@@ -117,7 +122,8 @@ class LanguageRun:
             max_grad_norm=m.max_grad_norm,
         )
         for name, master in zip(optimizer.names, optimizer.masters, strict=True):
-            master.detach().copy_(start[name])
+            if name in start:  # and was rounded; shards never are
+                master.detach().copy_(start[name])
         return optimizer
 
     # Groups
@@ -139,10 +145,10 @@ class LanguageRun:
         """The credited groups of a round and its health figures; the same ones when a run is resumed in its middle."""
         if self._round is None or self.cursor.update == 0:
             rng = np.random.default_rng([self.seed, index])
-            if self.task is None:
+            if self.rollouts is None:
                 groups, figures = self.feedback, Metrics()
             else:
-                groups, figures = self._sample_round(index, method)
+                groups, figures = self.rollouts.round(index, method)
             if method.needs_reference():
                 self.reference_logps(groups)
             credited = method.credit(groups, rng)
@@ -171,73 +177,6 @@ class LanguageRun:
         render_each(judged, self.tokenizer, max_length=longest, overlong=c.overlong, skip_bad=c.skip_bad)
         return groups
 
-    def _sample_round(self, index: int, method: LanguageMethod) -> tuple[list[Group], Metrics]:
-        assert self.task is not None
-        if self.config.max_samples and self.cursor.samples >= self.config.max_samples:
-            raise BudgetSpent
-        kept: list[Group] = []
-        drawn: list[Group] = []
-        for draw in range(method.max_draws):
-            at = (index * method.max_draws + draw) * method.prompts_per_round
-            records = [
-                self.task.train[i] for i in _endless(len(self.task.train), self.seed, at, method.prompts_per_round)
-            ]
-            groups = self.sample(records, method.group_size, (self.seed, index, draw))
-            drawn += groups
-            kept += [g for g in groups if method.max_draws == 1 or np.ptp(g.values["score"]) > 0]
-            if len(kept) >= method.prompts_per_round:
-                break
-        self._log_samples(index, drawn)
-        return kept[: method.prompts_per_round], {**health(drawn), **self._probe(drawn[:PROBE_GROUPS])}
-
-    def sample(self, records: Sequence[Record], n: int, identity: tuple[int, ...]) -> list[Group]:
-        """n verified completions for each record, with `score`, `finished`, rewards by component and `old_logps`."""
-        assert self.task is not None
-        m = self.method
-        how = Sampling(max_new_tokens=m.max_new_tokens, temperature=m.temperature, top_k=m.top_k, top_p=m.top_p)
-        mine = self.distribution.shard(list(enumerate(records)), size=lambda _: 1)
-        prompts = [prompt_ids(record.prompt or "", self.tokenizer) for _, record in mine]
-        seeds = [completion_seeds(n, *identity, i) for i, _ in mine]
-        sampled = self.sampler.sample(prompts, seeds, how)
-        groups = [
-            (i, self._verified(record, prompt, completions))
-            for (i, record), prompt, completions in zip(mine, prompts, sampled, strict=True)
-        ]
-        gathered = sorted(self.distribution.gather_objects(groups), key=lambda item: item[0])
-        self.cursor.samples += n * len(records)
-        drawn = [group for _, group in gathered]
-        if any("old_logps" not in s.values for group in drawn for s in group.segments[1:]):
-            self.logps(self.model, drawn, "old_logps")
-        return drawn
-
-    def _verified(self, record: Record, prompt: list[int], completions: list[Completion]) -> Group:
-        assert self.task is not None
-        finished = np.array([c.finished for c in completions], dtype=np.float32)
-        rewards = self.task.score(record, [c.text for c in completions])
-        components = {f"reward/{name}": r for name, r in rewards.items() if name != "reward"}
-        group = Group.of(
-            prompt,
-            [c.tokens for c in completions],
-            values={"score": rewards["reward"].astype(np.float32), "finished": finished, **components},
-            columns={**record.columns, "prompt": record.prompt, "completions": [c.text for c in completions]},
-            key=record.where,
-        )
-        for segment, completion in zip(group.segments[1:], completions, strict=True):
-            if len(completion.logps) == len(completion.tokens):
-                segment.values["old_logps"] = completion.logps
-        return group
-
-    @property
-    def sampler(self) -> Any:
-        if not hasattr(self, "_sampler"):
-            from guerdon.language.sampling import make_sampler
-
-            self._sampler = make_sampler(
-                self.config.sampler, self.model, self.tokenizer, stop_ids(self.tokenizer, self.model.model)
-            )
-            self._sampler.sync(self.model)
-        return self._sampler
-
     # Log-probs
 
     @property
@@ -247,9 +186,8 @@ class LanguageRun:
             from guerdon.language.forward import GroupModel
 
             model, _ = self.load_start()
-            cast(model, self.precision)
-            self._reference = GroupModel(model, padded=self.model.padded).to(self.distribution.device)
-            self._reference.eval().requires_grad_(False)
+            reference = GroupModel(model, padded=self.model.padded).eval().requires_grad_(False)
+            self._reference = self.distribution.place(reference, self.precision)
         return self._reference
 
     def reference_logps(self, groups: Sequence[Group]) -> None:
@@ -298,27 +236,6 @@ class LanguageRun:
                 if array is not None:
                     segment.values[name] = array
 
-    def _probe(self, groups: list[Group]) -> Metrics:
-        """KL to the start and entropy of the current policy, on a few of its own samples."""
-        if not groups:
-            return {}
-        self.start_logps(groups, "probe")
-        figures: Metrics = {}
-        with torch.no_grad():
-            kl, entropy = [], []
-            for part in micro_batches(groups, self.config.max_tokens):
-                batch = pack(part, self.distribution.device)
-                outputs = self.model(batch, {"logps", "entropy"}, self.method.temperature)
-                gap = batch.token_values["probe"] - outputs.logps
-                kl.append(gap.exp() - 1 - gap)
-                entropy.append(outputs.entropy)
-        figures["policy/kl"] = float(torch.cat(kl).mean())
-        figures["policy/entropy"] = float(torch.cat(entropy).mean())
-        for group in groups:
-            for s in group.segments:
-                s.values.pop("probe", None)
-        return figures
-
     # Updates
 
     def update(
@@ -337,8 +254,8 @@ class LanguageRun:
         if first:
             self._check_start(metrics)
         self.cursor.tokens += sum(g.unique_tokens for g in groups)
-        if self.task is not None:
-            self.sampler.sync(self.model)
+        if self.rollouts is not None:
+            self.rollouts.sync()
         return metrics
 
     def _step(
@@ -352,14 +269,17 @@ class LanguageRun:
         wants: Collection[str],
         per_completion: bool,
     ) -> Metrics:
+        from guerdon.language.sharding import IDLE, idle_loss, in_step
+
         self._last_batch = list(groups)
         sums: dict[str, float] = {"loss/total": 0.0}
         counts: dict[str, float] = {}
         mine = self.distribution.shard(list(groups), size=lambda g: g.unique_tokens)
         model.train()
-        for part in micro_batches(mine, self.config.max_tokens, per_completion):
+        for part in in_step(model, micro_batches(mine, self.config.max_tokens, per_completion)):
             batch = pack(part, self.distribution.device, totals)
-            value, metrics = loss(model(batch, wants, self.method.temperature), batch)
+            outputs = model(batch, wants, self.method.temperature)
+            value, metrics = (idle_loss(outputs), Metrics()) if part is IDLE else loss(outputs, batch)
             value.backward()
             optimizer.accumulate()
             sums["loss/total"] += float(value.detach())
@@ -402,12 +322,16 @@ class LanguageRun:
     # State
 
     def save(self, directory: Path) -> None:
-        """Write everything that the rest of the run depends on."""
+        """Write all that the rest of the run depends on. The main process writes, the others add their shards."""
         from safetensors.torch import save_file
 
-        save_file(self.optimizer.state_dict(), directory / "optimizer.safetensors")
-        if self.critic is not None:
-            save_file(self.critic.optimizer.state_dict(), directory / "critic.safetensors")
+        optimizers = {"optimizer": self.optimizer} | ({"critic": self.critic.optimizer} if self.critic else {})
+        for name, optimizer in optimizers.items():
+            state = optimizer.state_dict(keep=self.distribution.is_main)
+            if self.distribution.is_main:
+                save_file(state, directory / f"{name}.safetensors")
+        if not self.distribution.is_main:
+            return
         if self.task is not None and self._round is not None:
             save_groups(directory / "round.safetensors", self._round[0])
         (directory / "cursor.json").write_text(json.dumps(asdict(self.cursor)))
@@ -422,47 +346,40 @@ class LanguageRun:
         if (directory / "round.safetensors").exists():
             self._round = (load_groups(directory / "round.safetensors"), {})
         self.cursor = Cursor(**json.loads((directory / "cursor.json").read_text()))
-        if self.task is not None:
+        if self.rollouts is not None:
             self.forget_samples(self.cursor.round + (self.cursor.update > 0))
-            self.sampler.sync(self.model)
+            self.rollouts.sync()
 
     def export(self, directory: Path) -> None:
-        """Write the policy as transformers (or peft) loads it, with its head where it has one."""
+        """Write the policy as transformers (or peft) loads it, with its head where it has one; see `save`."""
         from safetensors.torch import save_file
 
         from guerdon.language.models import save_model
 
-        save_model(self.model.model, self.tokenizer, directory)
-        if hasattr(self.model, "head"):
-            save_file({"weight": self.model.head.weight.detach().float().cpu()}, directory / HEAD)
+        sharded, main = self.distribution.sharded, self.distribution.is_main
+        state = self.optimizer.state_dict(keep=main) if sharded else {}
+        if not main:
+            return
+        model = self._whole(state) if sharded else self.model
+        save_model(model.model, self.tokenizer, directory)
+        if hasattr(model, "head"):
+            save_file({"weight": model.head.weight.detach().float().cpu()}, directory / HEAD)
+
+    def _whole(self, state: dict[str, torch.Tensor]) -> GroupModel:
+        """The policy on the CPU, with its trained weights from the optimiser's state."""
+        model = self._trained(self.load_start()[0])
+        for name, parameter in model.named_parameters():
+            parameter.data = state.get(f"master.{name}", parameter.data)
+        cast(model, self.precision)
+        return model
 
     def dump_batch(self, directory: Path) -> None:
         """Save the batch under way, to look at what went wrong."""
         save_groups(directory / "batch.safetensors", self._last_batch)
 
-    # Samples, to be read by people
-
-    def _log_samples(self, index: int, groups: Sequence[Group]) -> None:
-        if not self.distribution.is_main:
-            return
-        with (self.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for group in groups[:PROBE_GROUPS]:
-                row = {
-                    "round": index,
-                    "step": self.cursor.step,
-                    "prompt": group.columns["prompt"],
-                    "completions": group.columns["completions"],
-                    "rewards": group.values["score"].tolist(),
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
     def forget_samples(self, from_round: int) -> None:
         """Remove the logged samples of rounds that will be sampled again."""
-        path = self.directory / "samples.jsonl"
-        if path.exists():
-            rows = [line for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in rows if json.loads(line)["round"] < from_round]
-            path.write_text("".join(line + "\n" for line in kept), "utf-8")
+        forget_samples(self.directory, from_round)
 
 
 def material(
@@ -500,7 +417,7 @@ class Critic:
         from guerdon.language.forward import GroupModel
 
         self.run, self.lr = run, lr
-        self.model = GroupModel(model, "values", padded=run.model.padded).to(run.distribution.device)
+        self.model = GroupModel(model, "values", padded=run.model.padded)
         if head is not None:
             self.model.head.weight.data.copy_(head)
         self.optimizer = run._optimizer(self.model, lr)
@@ -513,39 +430,6 @@ class Critic:
         """One step of the value model on a global batch."""
         metrics = self.run._step(self.model, self.optimizer, self.lr, groups, loss, totals, {"values"}, True)
         return {"loss/value" if name == "loss/total" else name: value for name, value in metrics.items()}
-
-
-def health(groups: Sequence[Group]) -> Metrics:
-    """What a round of samples looks like: rewards by component, lengths, cut-off, informative and repeated shares."""
-    if not groups:
-        return {}
-    scores = np.concatenate([g.values["score"] for g in groups])
-    lengths = np.concatenate([g.lengths() for g in groups])
-    components = {name for g in groups for name in g.values if name.startswith("reward/")}
-    completions = [group.segments[s].tokens for group in groups for s in group.leaves]
-    return {
-        "reward/mean": float(scores.mean()),
-        "reward/std": float(scores.std()),
-        **{name: float(np.concatenate([g.values[name] for g in groups]).mean()) for name in sorted(components)},
-        "length/mean": float(lengths.mean()),
-        "length/max": float(lengths.max()),
-        "length/truncated_share": float(1 - np.concatenate([g.values["finished"] for g in groups]).mean()),
-        "policy/informative_share": float(np.mean([np.ptp(g.values["score"]) > 0 for g in groups])),
-        "policy/repetition": float(np.mean([_repetition(c) for c in completions])),
-    }
-
-
-def _repetition(tokens: np.ndarray, n: int = 4) -> float:
-    """Share of the n-grams of a completion that occurred in it before."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _endless(n: int, seed: int, start: int, count: int) -> Iterator[int]:
-    """`count` indices from an endless sequence of permutations of range(n), from position `start` on."""
-    for position in range(start, start + count):
-        epoch, offset = divmod(position, n)
-        yield int(np.random.default_rng([seed, epoch]).permutation(n)[offset])
 
 
 def _check_lengths(groups: Sequence[Group], most: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from guerdon.errors import GuerdonError
 from guerdon.lazy import torch
@@ -23,7 +23,8 @@ class MasterAdamW:
     Trainable parameters that are not fp32 get fp32 master copies, which are what is optimised; the parameters are
     their rounded images. Gradients are summed in fp32 in one flat tensor, `gradient`, so that a sum over processes is
     one collective. A parameter that a step gives no gradient counts as having the gradient 0. Weight decay acts on
-    matrices and embeddings, not on norms and biases (parameters with fewer than two dimensions).
+    matrices and embeddings, not on norms and biases (parameters with fewer than two dimensions). Of parameters that
+    processes share (DTensors of `fully_shard`, in fp32), each process optimises its own rows.
 
         optimizer = MasterAdamW(model.named_parameters(), lr=1e-5, ...)
         for batch in micro_batches:
@@ -57,16 +58,23 @@ class MasterAdamW:
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
         self.max_grad_norm = max_grad_norm
-        single = torch.float32
-        self.masters = [p if p.dtype == single else p.detach().to(single, copy=True) for p in self.parameters]
-        spans = [math.ceil(p.numel() / _ALIGN) * _ALIGN for p in self.parameters]
-        self.gradient = torch.zeros(sum(spans), dtype=single, device=self.parameters[0].device)
+        self.sharded = hasattr(self.parameters[0], "device_mesh")
+        self.masters = [_master(p) for p in self.parameters]
+        spans = [math.ceil(m.numel() / _ALIGN) * _ALIGN for m in self.masters]
+        self.gradient = torch.zeros(sum(spans), device=self.parameters[0].device)
         self._gradients = [
-            span[: p.numel()].view(p.shape) for span, p in zip(self.gradient.split(spans), self.parameters, strict=True)
+            span[: m.numel()].view(m.shape) for span, m in zip(self.gradient.split(spans), self.masters, strict=True)
         ]
-        for parameter, master, gradient in zip(self.parameters, self.masters, self._gradients, strict=True):
-            parameter.grad = None
-            master.grad = gradient  # where parameter and master are one, backward adds straight into the flat tensor
+        # Where parameter and master are one, backward adds straight into the flat tensor; elsewhere `accumulate` does.
+        self._targets = [
+            _shared(p, gradient) if self.sharded else gradient if p is master else None
+            for p, master, gradient in zip(self.parameters, self.masters, self._gradients, strict=True)
+        ]
+        for parameter, target, master, gradient in zip(
+            self.parameters, self._targets, self.masters, self._gradients, strict=True
+        ):
+            master.grad = gradient
+            parameter.grad = target
         decayed = [m for m in self.masters if m.ndim >= 2]
         others = [m for m in self.masters if m.ndim < 2]
         self._adamw = torch.optim.AdamW(
@@ -79,12 +87,12 @@ class MasterAdamW:
 
     def accumulate(self) -> None:
         """Add the gradients of the last backward pass to the fp32 sums and free them."""
-        for parameter, master, total in zip(self.parameters, self.masters, self._gradients, strict=True):
-            if parameter.grad is not None and parameter.grad is not total:
+        for parameter, target, total in zip(self.parameters, self._targets, self._gradients, strict=True):
+            if parameter.grad is not None and parameter.grad is not target:
                 parts = parameter.grad.reshape(-1).split(_CHUNK)
                 for sum_, part in zip(total.view(-1).split(_CHUNK), parts, strict=True):
                     sum_.add_(part.float())
-            parameter.grad = total if parameter is master else None
+            parameter.grad = target
 
     def step(self, lr: float | None = None) -> float:
         """Clip, update, set the gradient sums to 0; returns the global gradient norm before clipping.
@@ -93,6 +101,10 @@ class MasterAdamW:
             NonFiniteError: the norm is NaN or infinite; weights, moments and gradient sums are left as they are.
         """
         norm = torch.nn.utils.get_total_norm(self._gradients)
+        if self.sharded:
+            squares = norm.square()
+            torch.distributed.all_reduce(squares)
+            norm = squares.sqrt()
         size = norm.item()
         if not math.isfinite(size):
             raise NonFiniteError(f"the gradient norm is {size}.")
@@ -105,41 +117,69 @@ class MasterAdamW:
         self.gradient.zero_()
         return size
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self, keep: bool = True) -> dict[str, torch.Tensor]:
         """Everything that a later `load_state_dict` needs, by flat names for safetensors; not copies.
 
-        `step`, `master.NAME` (the weights in fp32), `exp_avg.NAME` and `exp_avg_sq.NAME`.
+        `step`, `master.NAME` (the weights in fp32), `exp_avg.NAME` and `exp_avg_sq.NAME`. What processes share is
+        gathered, whole and on the CPU, which takes all of them at once: those that need no result do not `keep` it.
         """
         tensors = {"step": torch.zeros((), dtype=torch.int64)}
-        for name, master in zip(self.names, self.masters, strict=True):
-            tensors[f"master.{name}"] = master.detach()
-            for key, value in self._adamw.state[master].items():
+        for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
+            for key, value in {"master": master.detach(), **self._adamw.state[master]}.items():
                 if key == "step":
                     tensors["step"] = value.to("cpu", torch.int64)
-                else:
-                    tensors[f"{key}.{name}"] = value
+                    continue
+                full = _shared(parameter, value).full_tensor() if self.sharded else value
+                if keep:
+                    tensors[f"{key}.{name}"] = full.cpu() if self.sharded else full
         return tensors
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned, bit for bit; `GuerdonError` where it belongs to another model."""
         steps, moments = float(tensors["step"]), ("exp_avg", "exp_avg_sq")
-        for name, master in zip(self.names, self.masters, strict=True):
+        for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
+            mine = {}
             for key in ("master", *(moments if steps else ())):
                 found = tensors.get(f"{key}.{name}")
-                if found is None or found.shape != master.shape:
+                if found is None or found.shape != parameter.shape:
                     raise GuerdonError(
                         f"the checkpoint is of another model: {key}.{name} is missing or has another shape."
                     )
-            master.detach().copy_(tensors[f"master.{name}"])
+                mine[key] = _rows(parameter, found) if self.sharded else found
+            master.detach().copy_(mine.pop("master"))
             if steps:
-                state = {key: tensors[f"{key}.{name}"].to(master.device, copy=True) for key in moments}
+                state = {key: tensor.to(master.device, copy=True) for key, tensor in mine.items()}
                 self._adamw.state[master] = {"step": torch.tensor(steps, device=master.device), **state}
         self._round()
 
     def _round(self) -> None:
-        pairs = [(p.detach(), m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        triples = zip(self.parameters, self.masters, self._targets, strict=True)
+        pairs = [(p.detach(), master) for p, master, target in triples if target is None]
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+
+
+def _master(parameter: Any) -> torch.Tensor:
+    """What is optimised in fp32: the parameter itself, a copy of it, or this process's rows of it."""
+    if hasattr(parameter, "device_mesh"):
+        return parameter.detach().to_local()
+    return parameter if parameter.dtype == torch.float32 else parameter.detach().to(torch.float32, copy=True)
+
+
+def _shared(parameter: Any, rows: torch.Tensor) -> Any:
+    """A tensor that processes share as they do the parameter, from this process's rows of it."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        rows, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def _rows(parameter: Any, full: torch.Tensor) -> torch.Tensor:
+    """This process's rows of a whole tensor, by the rule of `fully_shard`, which is that of `torch.chunk`."""
+    mesh = parameter.device_mesh
+    size = math.ceil(len(full) / mesh.size())
+    return full[mesh.get_local_rank() * size :][:size]
 
 
 def learning_rate(

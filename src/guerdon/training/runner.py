@@ -50,6 +50,7 @@ class Run(Protocol):
     """
 
     distribution: Distribution
+    notes: list[str]  # what the user should know of data, tasks and environments; shown as the loop begins
 
     @property
     def cursor(self) -> Cursor: ...
@@ -154,6 +155,8 @@ class _Loop:
         run, config = self.run, self.config
         self._resume()
         self.progress.begin(run.cursor.step, self._done())
+        for note in run.notes:
+            self.progress.note(note)
         with _signals(self.progress) as stop_asked:
             if config.eval_every and run.cursor.step == 0:
                 self._evaluate()

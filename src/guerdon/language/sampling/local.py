@@ -17,6 +17,7 @@ import torch
 from guerdon.language.attention import TreeLayout
 from guerdon.language.forward import GroupModel
 from guerdon.language.sampling.base import Completion, Sampling
+from guerdon.language.sharding import whole
 
 
 class LocalSampler:
@@ -54,16 +55,17 @@ class LocalSampler:
             for at in range(0, len(seeds[p]), self.rows)
         ]
         found: list[dict[int, Completion]] = [{} for _ in prompts]
-        while work:
-            width = len(work[0][1])
-            wave = list(takewhile(lambda w: len(w[1]) == width, work[: max(1, self.rows // width)]))  # noqa: B023
-            work = work[len(wave) :]
-            uniforms = np.stack([_uniforms(seeds[p][c], sampling.max_new_tokens) for p, cs in wave for c in cs])
-            done = self._wave([prompts[p] for p, _ in wave], width, uniforms, sampling)
-            for row, (p, c) in enumerate((p, c) for p, cs in wave for c in cs):
-                found[p][c] = done[row]
-            if on_progress is not None:
-                on_progress(len(done))
+        with whole(self.model):
+            while work:
+                width = len(work[0][1])
+                wave = list(takewhile(lambda w: len(w[1]) == width, work[: max(1, self.rows // width)]))  # noqa: B023
+                work = work[len(wave) :]
+                uniforms = np.stack([_uniforms(seeds[p][c], sampling.max_new_tokens) for p, cs in wave for c in cs])
+                done = self._wave([prompts[p] for p, _ in wave], width, uniforms, sampling)
+                for row, (p, c) in enumerate((p, c) for p, cs in wave for c in cs):
+                    found[p][c] = done[row]
+                if on_progress is not None:
+                    on_progress(len(done))
         self.model.train(was_training)
         return [[completions[c] for c in sorted(completions)] for completions in found]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -52,7 +52,7 @@ def imitator(run: ControlRun, kind: ActorKind, hidden: tuple[int, ...]) -> Actor
     """
     from guerdon.control.networks import CategoricalActor, DeterministicActor, GaussianActor
 
-    seeds, options = len(run.seeds), {"precision": run.precision}
+    seeds, options = len(run.seeds), dict[str, Any](precision=run.precision)
     if run.spec.discrete:
         return CategoricalActor(seeds, run.spec, hidden, **options)
     if kind == "gaussian":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from guerdon.fields import check_range
 from guerdon.lazy import torch
@@ -74,7 +74,7 @@ class TD3BC(OfflineControl):
         from guerdon.control.networks import DeterministicActor, QEnsemble
         from guerdon.control.optim import Adam
 
-        seeds, options = len(run.seeds), {"precision": run.precision}
+        seeds, options = len(run.seeds), dict[str, Any](precision=run.precision)
         self.actor = run.network("actor", DeterministicActor(seeds, run.spec, self.hidden, **options))
         self.critic = run.network("critic", QEnsemble(seeds, run.spec, self.hidden, **options))
         self.first_critic = _first(self.critic, QEnsemble(seeds, run.spec, self.hidden, 1, **options))

@@ -92,7 +92,7 @@ class StreamMethod(Ingredients, ControlMethod):
                 if step.finished:
                     run.episodes.add(step.finished)
                 learner.epsilon = self.epsilon(cursor.step / total)
-                learner.step(*(x[:, 0] for x in (step.obs, step.final_obs, step.reward, step.terminated, step.truncated)))
+                learner.step(*(x[:, 0] for x in step[:5]))
             cursor.samples = cursor.step
             run.act_with(*learner.policy())
             yield {**run.episodes.take(), **learner.take()}

@@ -1,0 +1,46 @@
+"""Trials that train: a run of `guerdon train` in a process of its own, resumed where it was stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from guerdon.errors import GuerdonError
+from guerdon.evaluation.trials import Progress, Trial, guerdon_command, locked, run_trials
+from guerdon.training.rundir import RunDir
+
+
+def trained(method: str, options: Mapping[str, Any], training: Mapping[str, Any], directory: Path) -> RunDir:
+    """A run in `directory/run`, trained and evaluated to its end.
+
+    One thread computes, so that the numbers do not depend on how many trials there are at a time.
+
+    Raises:
+        GuerdonError: it failed; the message has the last lines of what it said.
+    """
+    run = directory / "run"
+    trial = Trial(run.name, method, dict(options), {"threads": 1, **training, "out": str(run)})
+    with locked(directory) as lock:
+        run_trials([trial], launch=guerdon_command, jobs=1, lock=lock, say=lambda line: None)
+    progress = Progress.of(run)
+    if progress.state != "done":
+        raise GuerdonError(f"{run}: the trial failed at {progress.error}")
+    return RunDir.open(run)
+
+
+def late_returns(run: RunDir, seeds: Sequence[int], share: float) -> list[float]:
+    """Mean return, for each seed, of the episodes that ended in the last `share` of a run's steps.
+
+    Raises:
+        GuerdonError: no episode ended there.
+    """
+    means = []
+    for i, seed in enumerate(seeds):
+        rows = run.metrics(i)
+        late = [row for row in rows if row["step"] > (1 - share) * rows[-1]["step"] and row["episode/count"]]
+        count = sum(row["episode/count"] for row in late)
+        if not count:
+            raise GuerdonError(f"{run.path}: no episode of seed {seed} ended in the last {share:.0%} of its steps.")
+        means.append(sum(row["episode/return"] * row["episode/count"] for row in late) / count)
+    return means

@@ -1,0 +1,1 @@
+"""Methods that plan with a model: best-first search, and the heuristics that guide it."""

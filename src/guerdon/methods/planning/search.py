@@ -1,0 +1,252 @@
+"""Weighted A* and Q* search of puzzles, many instances and many nodes at once.
+
+A* evaluates every child that it generates. Q* search (Agostinelli et al. 2021, arXiv 2102.04518) has a heuristic
+q(s, a) ~ c(s, a) + h(s') of all actions of a state in one pass, orders edges by it, and generates the child of an edge
+only when that edge is popped:
+
+    priority of a node:  weight * g(s) + h(s)           priority of an edge:  weight * g(s) + q(s, a)
+
+Neither waits for anything when it is optimal: with weight 1 and a heuristic that never overestimates (h <= h*, or
+q <= c + h*) the result is a shortest path.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from guerdon.errors import ConfigError, DataError
+from guerdon.fields import check_range
+
+if TYPE_CHECKING:
+    from guerdon.control.puzzles.puzzle import Puzzle
+
+Heuristic = Callable[[np.ndarray], np.ndarray]
+Stop = Literal["bound", "first"]
+_FIRST_NODES = 4096  # room at first; it doubles when it is full
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a search found for one instance.
+
+    Attributes:
+        solved: whether there is a path.
+        cost: of the path, infinite without one. No path costs less than `lower` / weight where the heuristic never
+            overestimates.
+        actions: of the path.
+        nodes_generated: children that were made (in A* of every popped node, in Q* one for each popped edge), those
+            that were known already too, and 1 for the start.
+        heuristic_calls: states that went to the heuristic.
+        iterations: rounds of popping.
+        lower: the largest of the smallest priorities that were popped.
+        memory: bytes of the nodes that were kept, with their edges.
+        seconds: by the clock, from the start of all instances to the end of this one.
+    """
+
+    solved: bool
+    cost: float
+    actions: list[int]
+    nodes_generated: int
+    heuristic_calls: int
+    iterations: int
+    lower: float
+    memory: int
+    seconds: float
+
+
+def a_star(
+    puzzle: Puzzle,
+    h: Heuristic,
+    starts: np.ndarray,
+    *,
+    weight: float = 1.0,
+    batch: int = 1,
+    stop: Stop = "bound",
+    max_nodes: int = 0,
+) -> list[Solution]:
+    """Batch weighted A* search (Agostinelli et al. 2019; B = 1 and weight 1 is Hart, Nilsson and Raphael 1968).
+
+    In each round and instance the `batch` nodes of least priority leave OPEN, all their children are generated, and
+    those that CLOSED does not know by a path as short are evaluated and pushed. A goal has h = 0 and counts when it is
+    popped.
+
+    Args:
+        h: states (N, L) uint8 to estimates (N,) of the cost to the goal.
+        starts: (I, L) uint8.
+        weight: of the path's cost, in [0, 1]; 0 is greedy best-first search.
+        stop: "bound" when no node in OPEN can lead to a better path (priorities >= weight * cost), which is optimal at
+            any `batch`; "first" when a goal is popped, as published, which is the same for `batch` 1.
+        max_nodes: give an instance up after so many generated nodes; 0 never does.
+
+    Raises:
+        ConfigError: options out of range, or numba is not installed.
+        DataError: starts of another shape.
+    """
+    return _search(puzzle, h, starts, False, weight, batch, stop, max_nodes)
+
+
+def q_star(
+    puzzle: Puzzle,
+    q: Heuristic,
+    starts: np.ndarray,
+    *,
+    weight: float = 1.0,
+    batch: int = 1,
+    stop: Stop = "bound",
+    max_nodes: int = 0,
+) -> list[Solution]:
+    """Q* search: one generated node for each popped edge, one evaluation for all edges of a node.
+
+    In each round and instance the `batch` edges of least priority leave OPEN and the nodes behind them are generated;
+    those that CLOSED does not know by a path as short are evaluated, and all their edges pushed. A goal counts when it
+    is generated.
+
+    Args:
+        q: states (N, L) uint8 to estimates (N, A) of the cost to the goal by way of each action, kept as float32.
+        starts: (I, L) uint8.
+        weight: of the path's cost, in [0, 1]; 0 is greedy.
+        stop: "bound" when the smallest popped priority reaches weight * cost of the best path: optimal for weight 1
+            where q <= c + h*. "first" with the first goal: optimal for `batch` 1 where also c <= q.
+        max_nodes: give an instance up after so many generated nodes; 0 never does.
+
+    Raises:
+        ConfigError: options out of range, or numba is not installed.
+        DataError: starts of another shape.
+    """
+    return _search(puzzle, q, starts, True, weight, batch, stop, max_nodes)
+
+
+def deferred(puzzle: Puzzle, h: Heuristic, weight: float = 1.0) -> Heuristic:
+    """The q with which `q_star` is A* with deferred evaluation: a child's priority is its path and its parent's h."""
+    return lambda states: weight * puzzle.costs + h(states)[:, None]
+
+
+def _search(
+    puzzle: Puzzle,
+    heuristic: Heuristic,
+    starts: np.ndarray,
+    edges: bool,
+    weight: float,
+    batch: int,
+    stop: Stop,
+    max_nodes: int,
+) -> list[Solution]:
+    check_range({"weight": weight}, "weight", high=1)
+    check_range({"batch": batch, "max_nodes": max_nodes}, "batch", low=1)
+    check_range({"max_nodes": max_nodes}, "max_nodes")
+    starts = np.ascontiguousarray(starts)
+    if starts.ndim != 2 or starts.shape[1] != puzzle.places or starts.dtype != np.uint8:
+        raise DataError(
+            f"starts are {starts.dtype} of shape {starts.shape}: states of {puzzle.name} are uint8 (N, {puzzle.places})."
+        )
+    began = time.perf_counter()
+    open_ = _Open(puzzle, starts, edges, weight, batch)
+    count = len(starts)
+    seconds, iterations = np.zeros(count), np.zeros(count, dtype=int)
+    active = np.flatnonzero(~open_.pool.goal[:count])
+    open_.push(active, heuristic)
+    while len(active):
+        iterations[active] += 1
+        open_.push(open_.pop(active), heuristic)
+        found = open_.instances
+        upper, lower = found.upper[active], found.lower[active]
+        over = np.isfinite(upper) & ((lower >= weight * upper) | (stop == "first"))
+        over |= found.root[active] < 0
+        if max_nodes:
+            over |= found.generated[active] >= max_nodes
+        seconds[active[over]] = time.perf_counter() - began
+        active = active[~over]
+    return [open_.solution(i, int(iterations[i]), float(seconds[i])) for i in range(count)]
+
+
+class _Open:
+    """The pool of nodes and what lies in OPEN, with room for what a round may bring."""
+
+    def __init__(self, puzzle: Puzzle, starts: np.ndarray, edges: bool, weight: float, batch: int) -> None:
+        try:
+            from guerdon.control.puzzles import kernels
+        except ImportError as error:
+            raise ConfigError(f"search needs numba: pip install 'guerdon[control]' ({error}).") from error
+        self.kernels, self.edges, self.weight, self.batch = kernels, edges, float(weight), batch
+        self.children = 1 if edges else puzzle.actions
+        self.tables = kernels.Moves(puzzle.moves, puzzle.flips, puzzle.costs, puzzle.goal, puzzle.zobrist)
+        instances = len(starts)
+        self.instances = kernels.Instances(
+            root=np.full(instances, -1, np.int32),
+            lower=np.full(instances, -np.inf),
+            upper=np.full(instances, np.inf),
+            best=np.full(instances, -1, np.int32),
+            generated=np.zeros(instances, np.int64),
+            evaluated=np.zeros(instances, np.int64),
+        )
+        shapes = {name: ((), np.int32) for name in ("parent", "action", "owner", "edge", "child", "sibling")}
+        shapes |= {"states": ((puzzle.places,), np.uint8), "keys": ((), np.uint64), "goal": ((), np.bool_)}
+        shapes |= {"g": ((), np.float64), "priority": ((), np.float64), "q": ((puzzle.actions,), np.float32)}
+        self.columns = shapes
+        self.count, self.room = 0, 0
+        self.make_room(instances)
+        self.count = kernels.start(self.pool, self.slots, self.tables, starts, self.instances)
+
+    def make_room(self, more: int) -> None:
+        """Have room for so many more nodes; memory that was never written to costs nothing."""
+        if self.count + more <= self.room:
+            return
+        self.room = max(_FIRST_NODES, 2 * self.room, self.count + more)
+        columns = {}
+        for name in self.kernels.Pool._fields:
+            shape, dtype = self.columns[name]
+            columns[name] = np.empty((0 if name == "q" and not self.edges else self.room, *shape), dtype)
+            if self.count:
+                columns[name][: self.count] = getattr(self.pool, name)[: self.count]
+        self.pool = self.kernels.Pool(**columns)
+        self.slots = np.full(1 << (2 * self.room - 1).bit_length(), -1, np.int32)
+        self.kernels.refill(self.pool, self.slots, self.count)
+
+    def pop(self, active: np.ndarray) -> np.ndarray:
+        """Nodes that a round of popping made."""
+        self.make_room(len(active) * self.batch * self.children)
+        pop = self.kernels.pop_edges if self.edges else self.kernels.pop_nodes
+        before = self.count
+        what = self.pool, self.slots, self.tables, self.instances, active, self.weight, self.batch
+        self.count = pop(*what, self.count)
+        return np.arange(before, self.count)
+
+    def push(self, nodes: np.ndarray, heuristic: Heuristic) -> None:
+        """Evaluate new nodes, but for goals, and put them, or their edges, into OPEN."""
+        ends = self.pool.goal[nodes]
+        asked = nodes[~ends] if ends.any() else nodes
+        values = heuristic(self.pool.states[asked]) if len(asked) else None
+        if not self.edges and ends.any():
+            values, estimates = np.zeros(len(nodes)), values
+            values[~ends] = estimates
+            asked = nodes
+        if values is None:
+            return
+        if self.edges:
+            self.kernels.push_edges(self.pool, self.instances, asked, values.astype(np.float32, copy=False), self.weight)
+        else:
+            self.kernels.push_nodes(self.pool, self.instances, asked, values.astype(np.float64), self.weight)
+
+    def solution(self, i: int, iterations: int, seconds: float) -> Solution:
+        found, pool = self.instances, self.pool
+        node, actions = int(found.best[i]), []
+        while node >= 0 and pool.parent[node] >= 0:
+            actions.append(int(pool.action[node]))
+            node = int(pool.parent[node])
+        kept = int(np.count_nonzero(pool.owner[: self.count] == i))
+        return Solution(
+            solved=bool(np.isfinite(found.upper[i])),
+            cost=float(found.upper[i]),
+            actions=actions[::-1],
+            nodes_generated=int(found.generated[i]),
+            heuristic_calls=int(found.evaluated[i]),
+            iterations=iterations,
+            lower=float(found.lower[i]),
+            memory=kept * sum(column[:1].nbytes for column in pool),
+            seconds=seconds,
+        )

@@ -37,7 +37,7 @@ def test_numbers_are_those_of_torch(decay):
 
 def test_clips_each_seed_by_its_own_norm():
     mine = parameters()
-    adam = Adam(mine, lr=1e-2, max_grad_norm=50.0)
+    adam = Adam(mine, lr=1e-2, max_grad_norm=150.0)
     singles = [[torch.nn.Parameter(p[k].detach().clone()) for p in mine] for k in range(3)]
     peers = [torch.optim.Adam(ps, lr=1e-2) for ps in singles]
     norms = []
@@ -46,9 +46,9 @@ def test_clips_each_seed_by_its_own_norm():
         for ps, peer in zip(singles, peers, strict=True):
             peer.zero_grad()
             loss_of([p[None] for p in ps]).sum().backward()
-            norms.append(torch.nn.utils.clip_grad_norm_(ps, 50.0))
+            norms.append(torch.nn.utils.clip_grad_norm_(ps, 150.0))
             peer.step()
-    assert min(norms) < 50.0 < max(norms)  # some are clipped, some not
+    assert min(norms) < 150.0 < max(norms)  # some are clipped, some not
     for k in range(3):
         for p, single in zip(mine, singles[k], strict=True):
             torch.testing.assert_close(p[k], single, rtol=1e-5, atol=1e-6)

@@ -61,7 +61,6 @@ def test_the_exported_policy_is_what_was_learned(tmp_path):
     np.testing.assert_allclose(run.policy.normalizer.mean, method.learner.statistics()[0], rtol=1e-6)
 
 
-@pytest.mark.slow
 def test_actor_critic_learns_to_balance(tmp_path):
     method, run = started(tmp_path, "stream-ac", steps=8000, seeds=3)
     rows = learned(method, run)
@@ -84,20 +83,29 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, name, env):
         assert torch.equal(again_method.learner.weights(network), method.learner.weights(network))
 
 
-def test_an_environment_that_cannot_be_restored_begins_anew(tmp_path):
-    method, run = started(tmp_path, "stream-q", steps=600)
-    steps = method.learn(run)
-    next(steps)
-    run.save(tmp_path)
-    other_method, other = started(tmp_path, "stream-q", steps=600)
-    other.restore(tmp_path)
-    other.envs.restorable = False
-    steps = other_method.learn(other)
-    traces = []
-    begin = other_method.learner.begin
-    other_method.learner.begin = lambda obs: (begin(obs), traces.append(other_method.learner.nets["value"].rows[:, 1]))
-    next(steps)
-    assert len(traces) == 1
+def test_an_environment_that_cannot_be_restored_begins_anew(tmp_path, monkeypatch):
+    for restorable in (True, False):
+        method, run = started(tmp_path)
+        next(method.learn(run))
+        run.envs.restorable = restorable
+        begun = []
+        monkeypatch.setattr(method.learner, "begin", lambda obs, begun=begun: begun.append(obs))
+        next(method.learn(run))
+        assert len(begun) == (0 if restorable else 1)
+
+
+@pytest.mark.parametrize("cls", [streaming.TorchLearner, streaming.KernelLearner])
+def test_beginning_anew_forgets_the_traces(tmp_path, cls, monkeypatch):
+    monkeypatch.setattr(streaming, "find_spec", lambda name: cls is streaming.KernelLearner or None)
+    method, run = started(tmp_path, seeds=1)
+    next(method.learn(run))
+    learner = method.learner
+    assert isinstance(learner, cls)
+    learner.begin(run.envs.obs[:, 0])
+    if cls is streaming.KernelLearner:
+        assert not learner.nets["value"].rows[:, 1].any()
+    else:
+        assert not any(state["trace"].any() for state in learner.agents[0].optimizer.state.values())
 
 
 def test_without_numba_the_run_says_so(tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def test_the_page_asks_for_nothing_outside(comparison):
     assert not {"link", "iframe", "object", "script", "a"} & set(page.tags)
     assert not [a for a in page.attributes if a[0] in ("src", "href", "srcset", "action")]
     policy = [value for name, value in page.attributes if name == "content" and value and "default-src" in value]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
 
 
 def test_a_comparison_says_its_verdict_first_and_shows_what_it_rests_on(comparison):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from guerdon.claims.base import Above, Alike, Claim
+from guerdon.claims.training import one_thread
 from guerdon.evaluation.metrics import Evaluation
 from guerdon.lazy import torch
 from guerdon.methods.policy_gradient import clipped_surrogate
@@ -30,7 +31,8 @@ def trial(
     """Trained with each learning rate; what counts is the mean over them. Each seed has a world of its own."""
     found = {}
     for seed in seeds:
-        scores = {f"reward/lr-{lr:g}": accuracy(arm, seed, lr, settings) for lr in settings["lrs"]}
+        with one_thread():
+            scores = {f"reward/lr-{lr:g}": accuracy(arm, seed, lr, settings) for lr in settings["lrs"]}
         metrics = {"reward": float(np.mean(list(scores.values()))), **scores}
         found[seed] = Evaluation(["world"], {name: np.array([score]) for name, score in metrics.items()}, "reward")
     return found

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from guerdon.errors import GuerdonError
 from guerdon.evaluation.trials import Progress, Trial, guerdon_command, locked, run_trials
+from guerdon.lazy import torch
 from guerdon.training.rundir import RunDir
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: the order of sums, and so the last digits, would depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def trained(method: str, options: Mapping[str, Any], training: Mapping[str, Any], directory: Path) -> RunDir:
     """A run in `directory/run`, trained and evaluated to its end.
 
-    One thread computes, so that the numbers do not depend on how many trials there are at a time.
+    It computes on one thread, see `one_thread`.
 
     Raises:
         GuerdonError: it failed; the message has the last lines of what it said.

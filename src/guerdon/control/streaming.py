@@ -433,7 +433,7 @@ class StreamActor(nn.Module):
         super().__init__()
         self.seeds, self.spec, self.learns, self.tick, self.epsilon = seeds, spec, learns, tick, epsilon
         self.hidden, self.layer_norm = tuple(hidden), layer_norm
-        inputs = spec.observation if tick is None else (spec.observation[0] + 1,)
+        inputs: tuple[int, ...] = spec.observation if tick is None else (spec.observation[0] + 1,)
         self.gaussian = learns == "ac" and not spec.discrete
         outputs = 1 if learns == "td" else spec.actions * (2 if self.gaussian else 1)
         self._network = [build_network(inputs, outputs, hidden, layer_norm)]  # in a list: its weights are not ours

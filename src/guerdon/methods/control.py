@@ -135,6 +135,10 @@ class OnlineControl(ControlMethod):
         """Environment steps of each seed in the whole run."""
         return training.max_samples or self.steps
 
+    def done(self, run: ControlRun) -> float:
+        """Share of the run that is over, by which what changes over a run is set."""
+        return run.cursor.step / self.total(run.config)
+
     def explore(self, run: ControlRun, obs: np.ndarray) -> np.ndarray:
         """Actions (S, C[, A]) to learn from where the environments show `obs` (S, C, ...)."""
         raise NotImplementedError

@@ -5,6 +5,7 @@ The page asks the network for nothing and runs no script. Whatever a model or a 
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +56,7 @@ CURVES = {
     "optim/grad_norm": "gradient norm before clipping",
 }
 GROUPS = (
-    ("Learning", ("eval/", "reward/", "preference/", "loss/"), True),
+    ("Learning", ("eval/", "episode/", "reward/", "preference/", "loss/"), True),
     ("Health", ("policy/", "length/", "value/"), True),
     ("Optimiser", ("optim/",), False),
 )
@@ -144,6 +145,7 @@ def _comparison_page(c: Comparison) -> dict[str, Any]:
         "legend": [{"label": t.label, "colour": t.colour} for t in trained],
         "band": any(len(t.metrics) > 1 for t in trained),
         "samples": _side_by_side(trained),
+        "films": [film for row in c.methods for film in _films(row.label, next(iter(row.directories.values())))],
         "failures": [
             {"label": START if row.method is None else row.label, "seed": seed, "error": error}
             for row in c.rows
@@ -194,6 +196,7 @@ def _run_page(run: RunDir) -> dict[str, Any]:
         "legend": [],
         "band": False,
         "samples": _over_time(shown),
+        "films": _films(config["method"], run.path),
         "failures": [{"label": config["method"], "seed": config["training"].get("seed", 0), "error": error}]
         if error
         else [],
@@ -407,6 +410,22 @@ def _as_text(value: Any) -> str:
     if isinstance(value, list):
         return "\n".join(f"{m.get('role', '')}: {m.get('content', '')}" for m in value)
     return str(value)
+
+
+def _films(label: str, directory: Path) -> list[dict[str, Any]]:
+    """An episode of a run's control policy as a strip of stills: of its first seed, not of its best."""
+    from guerdon.control.policy import ControlPolicy
+
+    if not ControlPolicy.is_at(directory / "policy"):
+        return []
+    from guerdon.control.rollout import film
+
+    policy = ControlPolicy.load(directory / "policy")
+    if policy.env is None:
+        return []
+    shown = film(policy, policy.env)
+    told = f"{label}, seed {policy.seeds[0]}: an episode of {shown.length:,} steps with return {shown.ret:.4g}"
+    return [{"image": base64.b64encode(shown.data).decode(), "told": ". ".join(filter(None, [told, shown.note]))}]
 
 
 # Facts ----------------------------------------------------------------------------------------------------------------

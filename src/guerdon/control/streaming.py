@@ -490,12 +490,13 @@ class StreamActor(nn.Module):
 
     def _at_random(self, batch: int, streams: Streams | None) -> Tensor:
         """Actions drawn uniformly; without streams the first choice, or the middle of the range."""
-        if self.spec.discrete:
-            shape = self.seeds, batch
-            return torch.zeros(shape).long() if streams is None else streams.integers("act", self.spec.actions, batch)
-        shape = self.seeds, batch, self.spec.actions
-        drawn = torch.full(shape, 0.5) if streams is None else streams.uniform("act", *shape[1:])
-        return torch.tensor(self.spec.low).lerp(torch.tensor(self.spec.high), drawn)
+        spec = self.spec
+        if spec.discrete:
+            first = torch.zeros(self.seeds, batch, dtype=torch.long)
+            return first if streams is None else streams.integers("act", spec.actions, batch)
+        middle = torch.full((self.seeds, batch, spec.actions), 0.5)
+        drawn = middle if streams is None else streams.uniform("act", batch, spec.actions)
+        return torch.tensor(spec.low).lerp(torch.tensor(spec.high), drawn)
 
 
 # Learners: an agent for each seed, from transition to transition
@@ -534,7 +535,7 @@ class Learner(ABC):
         self.kind, self.options, self.spec, self.streams, self.frames = kind, options, spec, streams, frames
         self.epsilon = 0.0
         self.tick = 1 / time_limit if options.time_feature and time_limit and not spec.image else None
-        self.inputs = spec.observation if self.tick is None else (spec.observation[0] + 1,)
+        self.inputs: tuple[int, ...] = spec.observation if self.tick is None else (spec.observation[0] + 1,)
         self.hidden = options.hidden or paper_hidden(kind, spec)
         self.gaussian = kind == "ac" and not spec.discrete
         outputs = {"td": 1, "ac": spec.actions * (2 if self.gaussian else 1)}.get(kind, spec.actions)

@@ -47,6 +47,9 @@ class Cursor(Protocol):
 class Run(Protocol):
     """What the loop needs of a run. `save` and `restore` cover all that the rest of the run depends on, except the
     global random states of torch, numpy and random, which the loop saves beside it.
+
+    Every process calls `save` and `export`, so that what it holds a part of can be brought together; the main one
+    alone writes, and for it alone the directory is there.
     """
 
     distribution: Distribution
@@ -170,8 +173,8 @@ class _Loop:
                 step = run.cursor.step
                 if _passed(config.eval_every, before, step):
                     self._evaluate()
-                if _passed(config.snapshot_every, before, step) and self.main:
-                    self.rundir.write_directory(self.rundir.path / "snapshots" / f"step-{step:08d}", run.export)
+                if _passed(config.snapshot_every, before, step):
+                    self._export(self.rundir.path / "snapshots" / f"step-{step:08d}")
                 stop = run.distribution.any(stop_asked())
                 if stop or _passed(config.checkpoint_every, before, step):
                     self._checkpoint()
@@ -180,8 +183,8 @@ class _Loop:
             self._checkpoint()  # first, so that an evaluation that fails or is killed loses nothing
             if self.evaluated != run.cursor.step:
                 self._evaluate()
+        self._export(self.rundir.path / "policy")
         if self.main:
-            self.rundir.write_directory(self.rundir.path / "policy", run.export)
             self.rundir.set_status("done")
             self.rundir.remove_checkpoints()
         run.distribution.barrier()
@@ -305,9 +308,18 @@ class _Loop:
             (directory / "random.json").write_text(json.dumps(states))
 
         latest = self.rundir.latest_checkpoint()
-        if self.main and (latest is None or not latest.name.endswith(f"{step:08d}")):
-            self.rundir.save_checkpoint(step, write, self.config.keep_checkpoints)
+        if distribution.any(self.main and (latest is None or not latest.name.endswith(f"{step:08d}"))):
+            if self.main:
+                self.rundir.save_checkpoint(step, write, self.config.keep_checkpoints)
+            else:
+                self.run.save(self.rundir.path)
         distribution.barrier()
+
+    def _export(self, directory: Path) -> None:
+        if self.main:
+            self.rundir.write_directory(directory, self.run.export)
+        else:
+            self.run.export(directory)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 from guerdon.errors import ConfigError
 from guerdon.fields import build, checked, options
 from guerdon.methods.base import all_methods
-from guerdon.training.config import Training
+from guerdon.training.config import ControlTraining, LanguageTraining
 
 
 @dataclass(kw_only=True)
@@ -70,11 +70,13 @@ def test_checked_leaves_out_what_is_not_given():
 
 @pytest.mark.parametrize("name", all_methods())
 def test_every_option_of_every_method_is_explained_and_its_own(name):
-    runner = {f.name for f in dataclasses.fields(Training)}
-    for option in options(all_methods()[name]):
+    method = all_methods()[name]
+    runner = {f.name for f in dataclasses.fields(method.training)}
+    for option in options(method):
         assert option.help, f"{name}: the field '{option.name}' has no comment"
         assert option.name not in runner, f"{name}: '{option.name}' is also an option of the runner"
 
 
-def test_every_option_of_the_runner_is_explained():
-    assert all(option.help for option in options(Training))
+@pytest.mark.parametrize("training", [LanguageTraining, ControlTraining])
+def test_every_option_of_the_runner_is_explained(training):
+    assert all(option.help for option in options(training))

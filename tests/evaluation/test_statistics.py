@@ -231,3 +231,12 @@ def test_students_distribution(df):
         assert t_quantile(probability, df) == pytest.approx(stats.t.ppf(probability, df), rel=1e-4)
     for t in (-2.5, 0.3, 4.0):
         assert t_cdf(t, df) == pytest.approx(stats.t.cdf(t, df), abs=1e-5)
+
+
+def test_one_item_has_the_variance_of_the_seeds():
+    """Where a run gives one number, the interval is Student's over the seeds."""
+    x = np.array([[1.0], [2.0], [4.0], [7.0]])
+    found = score_interval(x)
+    low, high = stats.t.interval(0.95, 3, loc=x.mean(), scale=x.std(ddof=1) / 2)
+    np.testing.assert_allclose([found.low, found.high], [low, high], rtol=1e-5)
+    assert paired_difference(x, 1.1 * x + 1, paired_seeds=False).p > 0.05

@@ -287,6 +287,14 @@ def test_bf16_stays_near_fp32(noise):
             assert half[name] != full[name], name
 
 
+@pytest.mark.slow
+def test_compiled_updates_give_the_same_numbers(noise):
+    plain, compiled = (updated(IQL(**SMALL), noise, 6, seeds=2, compile=c).metrics for c in (False, True))
+    assert plain.keys() == compiled.keys()
+    for name, values in plain.items():
+        assert compiled[name] == pytest.approx(values, rel=1e-4), name
+
+
 # Fixed points on tables
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from guerdon.control import streaming
+from guerdon.control.policy import ControlPolicy
 from guerdon.errors import ConfigError
 from guerdon.methods.base import get_method
 from guerdon.training.config import ControlTraining
@@ -144,3 +145,13 @@ def test_environments_that_do_not_fit(tmp_path, name, env, said):
 def test_data_is_refused():
     with pytest.raises(ConfigError, match="give env instead of"):
         get_method("stream-q")().check_loop(ControlTraining(data="minari:x", env="CartPole-v1"))
+
+
+def test_the_policy_is_read_back(tmp_path):
+    method, run = started(tmp_path)
+    learned(method, run)
+    run.export(tmp_path / "policy")
+    policy = ControlPolicy.load(tmp_path / "policy")
+    obs = np.random.default_rng(0).normal(size=(2, 5, 4)).astype(np.float32)
+    np.testing.assert_array_equal(policy.act(obs), run.policy.act(obs))
+    np.testing.assert_array_equal(policy.take(1).act(obs[1:]), run.policy.act(obs)[1:])

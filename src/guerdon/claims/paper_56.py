@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from guerdon.claims.base import Above, Claim
+from guerdon.claims.base import Above, Claim, NotBelow
 from guerdon.claims.training import late_returns, trained
 from guerdon.evaluation.metrics import Evaluation
 
@@ -52,6 +52,8 @@ CLAIM = Claim(
         "no-reward-scaling": stream(scale_rewards=False),
         "sgd": stream(optimizer="sgd", lr=1e-3, **PLAIN),
         "adam": stream(optimizer="adam", lr=1e-3, lamda=0.0, **PLAIN),
+        "dqn": {"method": "dqn", "options": {}},
+        "dqn-1": {"method": "dqn", "options": {"buffer_size": 1, "batch_size": 1, "learning_starts": 0}},
     },
     settings={"cartpole": {"env": "CartPole-v1", "steps": 50_000}},
     trial=trial,
@@ -59,6 +61,8 @@ CLAIM = Claim(
         Above("stream-q", "no-obgd"),
         Above("stream-q", "sgd"),
         Above("stream-q", "adam"),
+        Above("stream-q", "dqn-1"),
+        NotBelow("stream-q", "dqn", 50),  # a tenth of what there is to reach
     ),
     seeds=8,
     together=8,

@@ -129,7 +129,10 @@ def reproduce(
         _write(out / "result.json", result)
         (out / "plot.svg").write_text(plot(result), encoding="utf-8")
     if not quick and count >= claim.seeds:
-        _write(result_file(claim.paper), result)
+        try:
+            _write(result_file(claim.paper), result)
+        except OSError as error:  # an installation that belongs to someone else
+            say(f"{RESULTS} cannot be written ({error.strerror}): the result stands in {out} alone.")
     return result
 
 

@@ -395,7 +395,7 @@ class _Network(nn.Module):
             layer_norm=layer_norm,
             precision=precision,
         )
-        self.options = {
+        self.options: dict[str, Any] = {
             "hidden": list(hidden),
             "activation": activation,
             "layer_norm": layer_norm,
@@ -494,7 +494,7 @@ class Gaussian:
     def log_prob(self, action: Tensor) -> Tensor:
         """Log-probs (S, B) of actions (S, B, A); squashed ones count as at most 1 - 1e-6 of the way to a bound."""
         free = action
-        if self.half is not None:
+        if self.half is not None and self.centre is not None:
             free = torch.atanh(((action - self.centre) / self.half).clamp(-1 + 1e-6, 1 - 1e-6))
         return self._log_prob(free, (free - self.mean) * (-self.log_std).exp())
 
@@ -698,6 +698,10 @@ def build_actor(config: Mapping[str, Any]) -> Actor:
     """
     options = dict(config)
     kind, seeds, spec = options.pop("actor"), options.pop("seeds"), Spec(**options.pop("spec"))
+    if kind == "stream":  # learned by code of its own, which imports this module
+        from guerdon.control.streaming import StreamActor
+
+        return StreamActor(seeds, spec, **options)
     if kind not in _ACTORS:
         raise ConfigError(f"no actor is called '{kind}'.{near(kind, _ACTORS)} There are {', '.join(_ACTORS)}.")
     return _ACTORS[kind](seeds, spec, **options)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+
 from guerdon.errors import GuerdonError
-from guerdon.lazy import torch
 
 
 class Adam:
@@ -39,10 +40,13 @@ class Adam:
     ) -> None:
         self.parameters = list(parameters)
         self.betas, self.eps, self.weight_decay, self.max_grad_norm = betas, eps, weight_decay, max_grad_norm
-        self.steps = torch.zeros((), device=self.parameters[0].device)
+        device = self.parameters[0].device
+        self.steps = torch.zeros((), device=device)
+        # a tensor, so that a captured graph follows the schedule
+        self._rate = torch.zeros((), device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
+        self.lr = lr
         self.first = [torch.zeros_like(p) for p in self.parameters]
         self.second = [torch.zeros_like(p) for p in self.parameters]
-        self.lr = lr
 
     @property
     def lr(self) -> float:
@@ -51,9 +55,9 @@ class Adam:
     @lr.setter
     def lr(self, lr: float) -> None:
         self._lr = lr
-        if self.steps.is_cuda:  # read on the device, so that a captured graph follows the schedule
-            self._rate = getattr(self, "_rate", torch.zeros_like(self.steps)).fill_(lr)
+        self._rate.fill_(lr)
 
+    @torch.compiler.disable  # the fused step is one call already, and cannot be traced
     def minimise(self, loss: torch.Tensor) -> None:
         """One step down the gradient of `loss` (S,), or a sum over seeds; gradients of other parameters are left."""
         for p, gradient in zip(self.parameters, torch.autograd.grad(loss.sum(), self.parameters), strict=True):
@@ -65,25 +69,23 @@ class Adam:
         for p in self.parameters:
             p.grad = None
 
+    @torch.compiler.disable
     def step(self) -> None:
         """Move the parameters by their gradients, which stay as they are but for the clipping."""
-        with torch.no_grad():
-            self._step(self._gradients())
-
-    def _step(self, gradients: list[torch.Tensor]) -> None:
+        parameters, gradients = [p.detach() for p in self.parameters], self._gradients()
         if self.max_grad_norm:
             scale = (self.max_grad_norm / (self.gradient_norms() + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, [scale.view(-1, *[1] * (g.ndim - 1)) for g in gradients])
         self.steps += 1
         fused = torch._fused_adamw_ if self.weight_decay else torch._fused_adam_
         fused(
-            self.parameters,
+            parameters,
             gradients,
             self.first,
             self.second,
             [],
             [self.steps] * len(gradients),
-            lr=self._rate if self.steps.is_cuda else self._lr,
+            lr=self._rate,
             beta1=self.betas[0],
             beta2=self.betas[1],
             weight_decay=self.weight_decay,

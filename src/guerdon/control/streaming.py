@@ -409,12 +409,12 @@ class ActorCriticAgent:
 class StreamActor(nn.Module):
     """The policies of S learners: the best action, with `streams` what they would have drawn.
 
-    TD's holds values (`forward`) and acts at random. Networks that learned with the time feature want to know how far
-    an episode has come; who does not tell them has them act as in its middle, and often worse.
+    TD's holds values (`forward`) and acts at random. Where there was a time feature it stays at 0, the middle of an
+    episode: an actor is not told how far an episode has come (on CartPole its returns are no worse for it).
 
     Args:
         learns: td, q, sarsa or ac.
-        tick: by which the time feature grows in a step; None without it.
+        timed: whether the last input of the networks is the time feature.
         epsilon: share of random actions of Q and SARSA when acting with streams.
     """
 
@@ -427,13 +427,13 @@ class StreamActor(nn.Module):
         learns: Kind,
         hidden: Sequence[int],
         layer_norm: bool,
-        tick: float | None,
+        timed: bool,
         epsilon: float = 0.0,
     ) -> None:
         super().__init__()
-        self.seeds, self.spec, self.learns, self.tick, self.epsilon = seeds, spec, learns, tick, epsilon
+        self.seeds, self.spec, self.learns, self.timed, self.epsilon = seeds, spec, learns, timed, epsilon
         self.hidden, self.layer_norm = tuple(hidden), layer_norm
-        inputs: tuple[int, ...] = spec.observation if tick is None else (spec.observation[0] + 1,)
+        inputs: tuple[int, ...] = (spec.observation[0] + 1,) if timed else spec.observation
         self.gaussian = learns == "ac" and not spec.discrete
         outputs = 1 if learns == "td" else spec.actions * (2 if self.gaussian else 1)
         self._network = [build_network(inputs, outputs, hidden, layer_norm)]  # in a list: its weights are not ours
@@ -450,20 +450,13 @@ class StreamActor(nn.Module):
             "learns": self.learns,
             "hidden": list(self.hidden),
             "layer_norm": self.layer_norm,
-            "tick": self.tick,
+            "timed": self.timed,
             "epsilon": self.epsilon,
         }
 
-    def forward(self, obs: Tensor, elapsed: Tensor | None = None) -> Tensor:
-        """Outputs (S, B, O) for observations (S, B, *obs): values, or what a policy's distribution is made of.
-
-        Args:
-            elapsed: (S, B) steps since the episodes began.
-        """
-        obs = obs.float()
-        if self.tick is not None:
-            time = torch.zeros(obs.shape[:2]) if elapsed is None else (elapsed - 1).clamp(min=0) * self.tick - 0.5
-            obs = torch.cat([obs, time.unsqueeze(-1)], -1)
+    def forward(self, obs: Tensor) -> Tensor:
+        """Outputs (S, B, O) for observations (S, B, *obs): values, or what a policy's distribution is made of."""
+        obs = F.pad(obs.float(), (0, 1)) if self.timed else obs.float()
         (network,) = self._network
         found = []
         for weights, x in zip(self.weights, obs, strict=True):
@@ -471,11 +464,11 @@ class StreamActor(nn.Module):
             found.append(network(x))
         return torch.stack(found)
 
-    def act(self, obs: Tensor, streams: Streams | None = None, elapsed: Tensor | None = None) -> Tensor:
-        """Actions (S, B, A), or (S, B) where they are discrete, for observations (S, B, *obs); see `forward`."""
+    def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:
+        """Actions (S, B, A), or (S, B) where they are discrete, for observations (S, B, *obs)."""
         if self.learns == "td":
             return self._at_random(obs.shape[1], streams)
-        out = self(obs, elapsed)
+        out = self(obs)
         if self.gaussian:
             mean, deviation = out.chunk(2, -1)
             if streams is not None:
@@ -596,7 +589,7 @@ class Learner(ABC):
             self.kind,
             self.hidden,
             self.options.layer_norm,
-            tick=self.tick,
+            timed=self.tick is not None,
             epsilon=self.options.epsilon(1.0),
         )
         actor.weights.data = self.weights("policy" if self.kind == "ac" else "value")

@@ -277,14 +277,15 @@ class _Variance:
         from_seeds = seed = rest = shared = 0.0
         for x in methods:
             s = len(x)
-            if s < 2 or items < 2:
+            if s < 2:
                 continue
             left = x - x.mean(1, keepdims=True) - x.mean(0) + x.mean()
-            v_rest = float((left**2).sum()) / ((s - 1) * (items - 1)) / (s * items)
+            free = (s - 1) * max(items - 1, 1)  # of one item nothing is left: its variance is the seeds'
+            v_rest = float((left**2).sum()) / free / (s * items)
             v_seed = max(float(x.mean(1).var(ddof=1)) / s, v_rest)
             from_seeds += v_seed - v_rest
             shared += v_rest
-            squares += v_seed**2 / (s - 1) + v_rest**2 / ((s - 1) * (items - 1))
+            squares += v_seed**2 / (s - 1) + v_rest**2 / free
             seed += (v_seed - v_rest) * s
             rest += v_rest * s * items
         from_items = max(from_items, shared)

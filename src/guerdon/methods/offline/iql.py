@@ -66,8 +66,8 @@ class IQL(OfflineControl):
     L_Q = E[ (r + gamma V(s') - Q_k(s, a))^2 ]
     L_pi = E[ -min(exp(beta u), cap) log pi(a|s) ]
 
-    All three are taken before any network moves. The actor's learning rate falls to 0 over the run, by a cosine. Where
-    actions are discrete the actor is categorical and Q has an output for each.
+    u and V(s') are taken before any network moves. The actor's learning rate falls to 0 over the run, by a cosine.
+    Where actions are discrete the actor is categorical and Q has an output for each.
     """
 
     lr: float = 3e-4  # learning rate of Adam, for all networks; the actor's is the first of its cosine
@@ -122,12 +122,12 @@ class IQL(OfflineControl):
         value_loss = expectile_loss(advantage, self.tau).mean(-1)
         q = critics_at(self.critic, batch)
         q_loss = self.td_loss(q, target).mean((1, 2))
+        self.optimizer.minimise(value_loss + q_loss)
+        ema_(self.target, self.critic, self.target_rate)
+
         weight = advantage_weight(advantage.detach(), self.beta, self.weight_cap)
         policy_loss = (weight * imitation_loss(self.pi(batch.obs), batch.action)).mean(-1)
-
-        self.optimizer.minimise(value_loss + q_loss)
         self.actor_optimizer.minimise(policy_loss)
-        ema_(self.target, self.critic, self.target_rate)
         metrics = {
             "loss/value": value_loss.detach(),
             "loss/q": q_loss.detach(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -70,16 +71,19 @@ class SAC(ReplayControl):
     learning_starts: int = 10_000  # environment steps before the first update, with random actions
     lr: float = 3e-4  # learning rate of Adam, for all networks and the temperature
     critics: int = 2  # K
-    alpha: float = 0.0  # temperature, the price of entropy; 0 finds the one at which entropy is at its target
-    target_entropy: float = 0.0  # in nats; 0 is minus the number of action dimensions
+    alpha: float | None = None  # temperature, the price of entropy; without one it is learned
+    target_entropy: float | None = None  # at which a learned temperature stays, in nats; without one -1 per dimension
     target_rate: float = 0.005  # share of the critics that goes into their targets at each update
 
     actions: ClassVar[Literal["discrete", "continuous", "any"]] = "continuous"
 
     def check(self) -> None:
-        check_range(vars(self), "lr", "alpha")
+        check_range(vars(self), "lr")
         check_range(vars(self), "critics", low=1)
-        check_range(vars(self), "target_entropy", low=-float("inf"))
+        if self.alpha is not None:
+            check_range(vars(self), "alpha", above=True)
+        if self.target_entropy is not None:
+            check_range(vars(self), "target_entropy", low=-math.inf)
         check_range(vars(self), "target_rate", high=1)
 
     def setup(self, run: ControlRun) -> None:
@@ -96,8 +100,8 @@ class SAC(ReplayControl):
         self.actor_optimizer = run.add("actor_optimizer", Adam(self.actor.parameters(), self.lr))
         self.critic_optimizer = run.add("critic_optimizer", Adam(self.critic.parameters(), self.lr))
         self.temperature_optimizer = run.add("temperature_optimizer", Adam([self.log_alpha], self.lr))
-        low, high = np.array(run.spec.low), np.array(run.spec.high)
-        self.wanted = (self.target_entropy or -run.spec.actions) + float(np.log((high - low) / 2).sum())
+        self.wanted = -run.spec.actions if self.target_entropy is None else self.target_entropy
+        self.unit = sum(math.log((high - low) / 2) for low, high in zip(run.spec.low, run.spec.high, strict=True))
         self.streams = run.streams
         run.act_with(self.actor)
         super().setup(run)
@@ -115,7 +119,7 @@ class SAC(ReplayControl):
         alpha = self.log_alpha.detach().exp()
         with torch.no_grad():
             next_action, next_log_prob = self.actor(batch.next_obs).sample(next_noise)
-            next_value = soft_value(self.target(batch.next_obs, next_action), next_log_prob, alpha)
+            next_value = soft_value(self.target(batch.next_obs, next_action), next_log_prob + self.unit, alpha)
             target = td_target(batch, next_value, self.gamma)
         q = self.critic(batch.obs, batch.action)
         q_loss = critic_loss(q, target)
@@ -123,10 +127,10 @@ class SAC(ReplayControl):
 
         action, log_prob = self.actor(batch.obs).sample(noise)
         with frozen(self.critic):
-            policy_loss = -soft_value(self.critic(batch.obs, action), log_prob, alpha).mean(-1)
+            policy_loss = -soft_value(self.critic(batch.obs, action), log_prob + self.unit, alpha).mean(-1)
             self.actor_optimizer.minimise(policy_loss)
-        entropy = -log_prob.detach().mean(-1)
-        if not self.alpha:
+        entropy = -log_prob.detach().mean(-1) - self.unit
+        if self.alpha is None:
             self.temperature_optimizer.minimise(temperature_loss(self.log_alpha, entropy, self.wanted))
         ema_(self.target, self.critic, self.target_rate)
         return {

@@ -155,7 +155,8 @@ def _search(
         open_.push(open_.pop(active), heuristic)
         found = open_.instances
         upper, lower = found.upper[active], found.lower[active]
-        over = np.isfinite(upper) & ((lower >= weight * upper) | (stop == "first"))
+        known = np.isfinite(upper)
+        over = known & ((lower >= weight * np.where(known, upper, 0)) | (stop == "first"))
         over |= found.root[active] < 0
         if max_nodes:
             over |= found.generated[active] >= max_nodes

@@ -523,3 +523,28 @@ def test_compiles_whole_to_the_same_numbers(precision):
         torch.autograd.grad(found.sum(), parameters), torch.autograd.grad(expected.sum(), parameters), strict=True
     ):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.slow
+def test_a_compiled_update_moves_as_the_plain_one_and_follows_the_learning_rate():
+    torch._dynamo.reset()
+    obs, action = observations(BODY, 2), torch.rand(2, 6, 3)
+    critics = [started(QEnsemble(2, BODY, (16,), 2), SEEDS[:2]) for _ in range(2)]
+    targets = [copy.deepcopy(q).requires_grad_(False) for q in critics]
+    adams = [Adam(q.parameters(), 0.0, max_grad_norm=1.0) for q in critics]
+
+    def update(i: int) -> torch.Tensor:
+        loss = (critics[i](obs, action) - targets[i](obs, action) - 1).square().mean((1, 2))
+        adams[i].minimise(loss)
+        ema_(targets[i], critics[i], 0.1)
+        return loss
+
+    compiled = torch.compile(lambda: update(1), dynamic=False)
+    for step in range(12):
+        for adam in adams:
+            adam.lr = 0.01 / (1 + step)
+        torch.testing.assert_close(compiled(), update(0))
+    for p, q in zip(*(m.parameters() for m in critics), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    for p, q in zip(*(m.parameters() for m in targets), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)

@@ -163,14 +163,11 @@ class CostToGo(nn.Module):
 
     def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:
         """Cheapest actions (S, B) for one-hot observations (S, B, L V)."""
+        self.eval()
         states = obs.unflatten(-1, (self.puzzle.places, self.puzzle.values)).argmax(-1).byte()
-        return torch.stack([self._cheapest(k, states[k]) for k in range(self.seeds)])
-
-    def _cheapest(self, k: int, states: Tensor) -> Tensor:
-        values = self.inference(k)
         if self.q:
-            return values(states).argmin(-1)
-        tables = Tables(self.puzzle, states.device)
+            return self(states).argmin(-1)
+        tables = Tables(self.puzzle, obs.device)
         children = tables.expand(states)
-        after = values(children.flatten(0, 1)).view(children.shape[:-1]).masked_fill(tables.solved(children), 0.0)
+        after = self(children.flatten(1, 2)).view(children.shape[:-1]).masked_fill(tables.solved(children), 0.0)
         return (tables.costs + after).argmin(-1)

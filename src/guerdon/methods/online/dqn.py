@@ -104,8 +104,10 @@ class DQN(ReplayControl):
 
     def explore(self, run: ControlRun, obs: np.ndarray) -> np.ndarray:
         decayed = min(1.0, self.done(run) / self.epsilon_decay) if self.epsilon_decay else 1.0
-        self.q.epsilon = self.epsilon_start + (self.epsilon_end - self.epsilon_start) * decayed
-        return run.policy.act(obs, run.streams)
+        epsilon = self.epsilon_start + (self.epsilon_end - self.epsilon_start) * decayed
+        whether, which = np.moveaxis(run.streams.uniform("explore", obs.shape[1], 2).double().cpu().numpy(), -1, 0)
+        explores, actions = whether < epsilon, (which * run.spec.actions).astype(np.int64)
+        return actions if explores.all() else np.where(explores, actions, run.policy.act(obs))
 
     def draw(self, run: ControlRun) -> Batch:
         return self.replay.sample(self.batch_size, self.beta + (1 - self.beta) * self.done(run))

@@ -139,7 +139,7 @@ def test_bf16_is_as_near_as_autocast_and_its_gradients_are_fp32(members):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gradient_of_a_gradient(precision):
     mlp = started(MLP(2, 5, (16, 16), 1, members=2, activation="tanh", precision=precision), SEEDS[:2])
-    x = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    x = torch.randn(2, 18, 5, generator=torch.Generator().manual_seed(1), requires_grad=True)
 
     def penalty(y: torch.Tensor) -> list[torch.Tensor]:
         (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
@@ -158,6 +158,14 @@ def test_a_large_value_keeps_its_digits_in_bf16():
         value.mlp.head.bias.fill_(1000.0)
     spread = value(observations(BODY, 1, 256)).std()
     assert 0.001 < spread < 1.0  # in bf16 every value would be a multiple of 4
+
+
+def test_a_few_rows_are_multiplied_in_fp32():
+    plain = started(Value(1, BODY, (64, 64)), [0])
+    quick = Value(1, BODY, (64, 64), precision="bf16")
+    quick.load_state_dict(plain.state_dict())
+    assert torch.equal(quick(observations(BODY, 1, 15)), plain(observations(BODY, 1, 15)))
+    assert not torch.equal(quick(observations(BODY, 1, 16)), plain(observations(BODY, 1, 16)))
 
 
 def test_linear_is_stacked_nn_linear():
@@ -258,7 +266,7 @@ ACTORS = {
 
 def out_of(module: nn.Module, salt: int, seeds: slice) -> torch.Tensor:
     """(S,): a loss from a batch in which every seed has its own part."""
-    batch = 64 if isinstance(module, QEnsemble) else 6
+    batch = 64 if isinstance(module, QEnsemble) else 18
     if isinstance(module, RecurrentEncoder):
         return module(observations(BODY, 3, 12, salt)[seeds].unflatten(1, (3, 4)))[0].square().flatten(1).mean(1)
     obs = observations(module.spec, 3, batch, salt)[seeds]
@@ -505,7 +513,7 @@ def test_compiles_whole_to_the_same_numbers(precision):
         started((NETWORKS | ACTORS)[name](2, precision), SEEDS[:2]) for name in names
     )
     parameters = [p for m in (q, value, deterministic, gaussian, free, categorical) for p in m.parameters()]
-    obs, action, choice = observations(BODY, 2), torch.rand(2, 6, 3), torch.randint(4, (2, 6))
+    obs, action, choice = observations(BODY, 2, 18), torch.rand(2, 18, 3), torch.randint(4, (2, 18))
 
     def loss() -> torch.Tensor:
         return (

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 import guerdon
 from guerdon.control.policy import ControlPolicy
 from guerdon.control.replay import Batch, Replay
+from guerdon.control.streams import Streams
 from guerdon.control.tabular import as_transitions
 from guerdon.errors import ConfigError
 from guerdon.exact.fixed_points import advantage_weighted, in_sample_fixed_point
@@ -213,6 +215,121 @@ def test_riql_without_its_parts_is_iql(noise):
     for part, published in {f.name: f.default for f in dataclasses.fields(RIQL) if f.name in REDUCED}.items():
         other = updated(RIQL(**SMALL, **REDUCED | {part: published}), noise, 20, seeds=2)
         assert other.metrics != iql.metrics, part
+
+
+def plain(module: torch.nn.Module, *at: int) -> list[torch.Tensor]:
+    """The weights and biases of one seed (and member), apart from the module."""
+    return [p[at].detach().clone().requires_grad_() for p in module.mlp.parameters()]
+
+
+def forward(parameters: list[torch.Tensor], *x: torch.Tensor) -> torch.Tensor:
+    y = torch.cat(x, -1)
+    for i in range(0, len(parameters) - 2, 2):
+        y = torch.relu(torch.nn.functional.linear(y, *parameters[i : i + 2]))
+    return torch.nn.functional.linear(y, *parameters[-2:])
+
+
+def assert_follows(method, run, networks, targets, update) -> None:
+    """After five updates of the second of two seeds, in plain torch, the method's parameters are the same."""
+    optimizers = {name: torch.optim.Adam([p for net in nets for p in net]) for name, (_, nets) in networks.items()}
+    replay = Replay.of(run.data.scaled(run.policy.normalizer) if method.normalize else run.data, 2, run.streams)
+    for step in range(5):
+        method.before_update(step, 10)
+        batch = replay.sample(32)
+        rows = [getattr(batch, name)[1] for name in ("obs", "action", "reward", "next_obs", "terminated")]
+        method.update(batch)
+        for name, loss, rate in update(step, *rows):
+            optimizer = optimizers[name]
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            for target, source in targets(step):
+                for p, q in zip(target, source, strict=True):
+                    p.copy_(0.9 * p + 0.1 * q)
+    for name, (module, nets) in networks.items():
+        for member, net in enumerate(nets):
+            at = (1, member) if len(nets) > 1 else (1,)
+            for found, expected in zip(plain(module, *at), net, strict=True):
+                torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        IQL(**SMALL, actor="deterministic", lr=1e-3, target_rate=0.1, tau=0.8),
+        RIQL(**SMALL, lr=1e-3, target_rate=0.1, alpha=0.3, huber_delta=0.4),
+        RIQL(**SMALL, lr=1e-3, target_rate=0.1, ensemble="mean", td="mse"),
+    ],
+    ids=["iql", "riql", "riql-mean-mse"],
+)
+def test_updates_are_those_of_plain_torch_iql(method, noise):
+    run = prepared(method, noise, seeds=2)
+    value, actor = [plain(method.value, 1)], [plain(run.policy.actor, 1)]
+    critics, target = (
+        [plain(module, 1, k) for k in range(method.critics)] for module in (method.critic, method.target)
+    )
+
+    def update(step, obs, action, reward, next_obs, terminated):
+        with torch.no_grad():
+            q = torch.stack([forward(net, obs, action)[:, 0] for net in target])
+            if method.name == "iql":
+                estimate = q.min(0).values
+            else:
+                estimate = q.mean(0) if method.ensemble == "mean" else torch.quantile(q, 0.3, dim=0)
+            y = reward + 0.99 * (1 - terminated.float()) * forward(value[0], next_obs)[:, 0]
+        u = estimate - forward(value[0], obs)[:, 0]
+        weight = (3 * u.detach()).exp().clamp(max=100)
+        yield "value", (abs(method.tau - (u < 0).float()) * u**2).mean(), 1e-3
+        loss = torch.nn.functional.mse_loss
+        if getattr(method, "td", "mse") == "huber":
+            loss = functools.partial(torch.nn.functional.smooth_l1_loss, beta=0.4)
+        yield "critic", sum(loss(forward(net, obs, action)[:, 0], y) for net in critics) / method.critics, 1e-3
+        centre, half = (run.policy.actor.high + run.policy.actor.low) / 2, run.policy.actor.high - run.policy.actor.low
+        away = (centre + half / 2 * torch.tanh(forward(actor[0], obs)) - action).square().sum(-1)
+        yield "actor", (weight * away).mean(), 1e-3 * (1 + np.cos(np.pi * step / 10)) / 2
+
+    networks = {
+        "value": (method.value, value),
+        "critic": (method.critic, critics),
+        "actor": (run.policy.actor, actor),
+    }
+    assert_follows(method, run, networks, lambda step: zip(target, critics, strict=True), update)
+    for k, net in enumerate(target):
+        torch.testing.assert_close(plain(method.target, 1, k), net)
+
+
+def test_updates_are_those_of_plain_torch_td3_bc(noise):
+    method = TD3BC(**SMALL, lr=1e-3, target_rate=0.1, target_noise=0.4)
+    run = prepared(method, noise, seeds=2)
+    actor, target_actor = [plain(method.actor, 1)], [plain(method.target_actor, 1)]
+    critics, target = ([plain(module, 1, k) for k in range(2)] for module in (method.critic, method.target_critic))
+    low, high = method.actor.low, method.actor.high
+    noises = Streams(run.seeds)
+
+    def act(net, obs):
+        return (low + high) / 2 + (high - low) / 2 * torch.tanh(forward(net, obs))
+
+    def update(step, obs, action, reward, next_obs, terminated):
+        with torch.no_grad():
+            noise = (0.4 * noises.normal("target_noise", 32, 2)[1]).clamp(-0.5, 0.5) * (high - low) / 2
+            after = torch.minimum(torch.maximum(act(target_actor[0], next_obs) + noise, low), high)
+            q = torch.minimum(*(forward(net, next_obs, after)[:, 0] for net in target))
+            y = reward + 0.99 * (1 - terminated.float()) * q
+        yield "critic", sum(((forward(net, obs, action)[:, 0] - y) ** 2).mean() for net in critics), 1e-3
+        if step % 2:
+            chosen = act(actor[0], obs)
+            q = forward(critics[0], obs, chosen)[:, 0]
+            scale = 2.5 / q.abs().mean().detach()
+            yield "actor", -scale * q.mean() + torch.nn.functional.mse_loss(chosen, action), 1e-3
+
+    def targets(step):
+        return [*zip(target, critics, strict=True), (target_actor[0], actor[0])] if step % 2 else []
+
+    networks = {"critic": (method.critic, critics), "actor": (method.actor, actor)}
+    assert_follows(method, run, networks, targets, update)
+    torch.testing.assert_close(plain(method.target_actor, 1), target_actor[0])
 
 
 def test_the_actors_learning_rate_falls_by_a_cosine(noise):

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from guerdon.claims.base import Above, Claim, NotBelow
-from guerdon.claims.training import late_returns, trained
+from guerdon.claims.training import Diverged, late_returns, trained
 from guerdon.evaluation.metrics import Evaluation
+from guerdon.training.rundir import RunDir
 
 LATE = 0.2  # share of the steps whose episodes count
 
@@ -18,10 +19,19 @@ LATE = 0.2  # share of the steps whose episodes count
 def trial(
     arm: Mapping[str, Any], seeds: Sequence[int], settings: Mapping[str, Any], directory: Path
 ) -> dict[int, Evaluation]:
-    """All seeds in one run."""
+    """All seeds in one run; where one of them diverges, each in its own.
+
+    A run ends where its loss is no number any more. What counts then are the last episodes before.
+    """
     training = {"env": settings["env"], "seed": seeds[0], "seeds": len(seeds), "eval_episodes": 1}
-    steps = {"max_samples": settings["steps"], "log_every": settings["steps"] // 50}
-    run = trained(arm["method"], arm["options"], training | steps, directory)
+    steps = {"max_samples": settings["steps"], "log_every": settings["steps"] // 500}
+    try:
+        run = trained(arm["method"], arm["options"], training | steps, directory)
+    except Diverged:
+        if len(seeds) > 1:
+            alone = [trial(arm, [seed], settings, directory / f"seed-{seed}") for seed in seeds]
+            return {seed: found for each in alone for seed, found in each.items()}
+        run = RunDir.open(directory / "run")
     return {
         seed: Evaluation(["run"], {"return": np.array([value])}, "return")
         for seed, value in zip(seeds, late_returns(run, seeds, LATE), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,10 @@ from guerdon.errors import GuerdonError
 from guerdon.evaluation.trials import Progress, Trial, guerdon_command, locked, run_trials
 from guerdon.lazy import torch
 from guerdon.training.rundir import RunDir
+
+
+class Diverged(GuerdonError):
+    """A run whose loss is no number any more; the rows that it wrote before stand."""
 
 
 @contextmanager
@@ -30,15 +35,18 @@ def trained(method: str, options: Mapping[str, Any], training: Mapping[str, Any]
     It computes on one thread, see `one_thread`.
 
     Raises:
-        GuerdonError: it failed; the message has the last lines of what it said.
+        Diverged: of one of its seeds at least, the loss is not finite.
+        GuerdonError: it failed otherwise; the message has the last lines of what it said.
     """
     run = directory / "run"
+    directory.mkdir(parents=True, exist_ok=True)
     trial = Trial(run.name, method, dict(options), {"threads": 1, **training, "out": str(run)})
     with locked(directory) as lock:
         run_trials([trial], launch=guerdon_command, jobs=1, lock=lock, say=lambda line: None)
     progress = Progress.of(run)
     if progress.state != "done":
-        raise GuerdonError(f"{run}: the trial failed at {progress.error}")
+        failed = Diverged if re.search(r"loss/\S+ is (nan|-?inf)", progress.error) else GuerdonError
+        raise failed(f"{run}: the trial failed at {progress.error}")
     return RunDir.open(run)
 
 

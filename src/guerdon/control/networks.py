@@ -42,6 +42,9 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LOG_2PI = math.log(2 * math.pi)
 
+# From so many rows on, bf16 is worth casting the weights: acting with a few observations stays fp32.
+_BF16_FROM = 16
+
 # Above so many multiplications one oneDNN call for each matrix is worth its 12 microseconds: where torch's fp32 goes to
 # MKL and the CPU is not Intel's, that has half of oneDNN's speed.
 _ONEDNN_FROM = 2**21 if torch.backends.mkldnn.is_available() else math.inf
@@ -77,15 +80,17 @@ class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: _Plan, *parameters: Tensor) -> Tensor:
         activate, _ = _ACTIVATIONS[plan.activation]
-        cast = plan.dtype != torch.float32
+        dtype = plan.dtype if x.shape[1] >= _BF16_FROM else torch.float32
+        cast = dtype != torch.float32
         rows = 0 if cast or not x.is_cpu else x.shape[1]
-        seen, weights, large, y = [], [], [], x  # what every layer sees and multiplies it with, and how
+        seen, weights, large = [], [], []  # what every layer sees and multiplies it with, and how
+        y = x if cast else x.float()
         for i, size in enumerate(plan.sizes):
             weight, bias = parameters[2 * i], parameters[2 * i + 1]
             if plan.members:
                 weight, bias = weight.flatten(0, 1), bias.flatten(0, 1)
             if cast:
-                kind = plan.dtype if i < plan.hidden else torch.float32
+                kind = dtype if i < plan.hidden else torch.float32
                 y, weight, bias = y.to(kind), weight.to(kind), bias.to(kind)
             seen.append(y)
             weights.append(weight)
@@ -94,23 +99,23 @@ class _Layers(torch.autograd.Function):
             if i < plan.hidden:
                 y = activate(y)
         ctx.save_for_backward(x, *parameters, y if len(seen) == plan.hidden else None)
-        ctx.plan, ctx.seen, ctx.weights, ctx.large = plan, seen, weights, large
+        ctx.plan, ctx.dtype, ctx.seen, ctx.weights, ctx.large = plan, dtype, seen, weights, large
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *parameters, last = ctx.saved_tensors
-        plan, wanted = ctx.plan, ctx.needs_input_grad
+        plan, dtype, wanted = ctx.plan, ctx.dtype, ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return _Layers._again(plan, wanted, gradient, x, parameters)
+            return _Layers._again(plan, dtype, wanted, gradient, x, parameters)
         _, derivative = _ACTIVATIONS[plan.activation]
-        cast, learns = plan.dtype != torch.float32, any(wanted[2:])
+        cast, learns = dtype != torch.float32, any(wanted[2:])
         result: list[Tensor | None] = [None] * len(wanted)
         for i in reversed(range(len(plan.sizes))):
             seen = ctx.seen[i]
             if i < plan.hidden:
                 gradient = derivative(gradient, last)
-                gradient = gradient.to(plan.dtype) if cast else gradient
+                gradient = gradient.to(dtype) if cast else gradient
             if learns:
                 to_weight, to_bias = _product(gradient.mT, seen, None, ctx.large[i]), gradient.sum(1)
                 if cast:
@@ -126,12 +131,17 @@ class _Layers(torch.autograd.Function):
 
     @staticmethod
     def _again(
-        plan: _Plan, wanted: Sequence[bool], gradient: Tensor, x: Tensor, parameters: Sequence[Tensor]
+        plan: _Plan,
+        dtype: torch.dtype,
+        wanted: Sequence[bool],
+        gradient: Tensor,
+        x: Tensor,
+        parameters: Sequence[Tensor],
     ) -> tuple[Tensor | None, ...]:
         """The same gradients by the composed form, with a graph of their own."""
         y = x
         for i in range(len(plan.sizes)):
-            kind = (plan.activation, plan.dtype) if i < plan.hidden else (None, torch.float32)
+            kind = (plan.activation, dtype) if i < plan.hidden else (None, torch.float32)
             y = _layer(y, parameters[2 * i], parameters[2 * i + 1], *kind)
         inputs = [t for t, want in zip((x, *parameters), (wanted[0], *wanted[2:]), strict=True) if want]
         found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
@@ -211,7 +221,7 @@ class MLP(nn.Module):
         members: K members of an ensemble, or None for no axis of members.
         activation: relu, tanh, elu or leaky_relu.
         layer_norm: normalise before every activation.
-        precision: of the products in hidden layers.
+        precision: of the products in hidden layers, for batches of 16 rows and more.
     """
 
     def __init__(

@@ -96,7 +96,7 @@ class ControlTraining(Training):
         None  # Gymnasium id; with data: where the policy is judged (Minari data sets know it)
     )
     seeds: int = 1  # trained together in one process: seed, seed + 1, ...
-    corrupt: tuple[str, ...] = ()  # ELEMENT[:RATE[:RANGE]][:adversarial], of data: obs, act, reward or dynamics
+    corrupt: tuple[str, ...] = ()  # ELEMENT[:RATE[:RANGE]][:adversarial], of data: obs, action, reward or dynamics
     max_updates: int = 0  # with data: stop after this many updates; 0 goes on to the end
     max_samples: int = 0  # without data: stop after this many environment steps of each seed; 0 goes on to the end
     eval_every: int = 0  # updates (without data: environment steps) between evaluations; 0 only at the end

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -83,6 +85,7 @@ class ControlRun:
                 "control policies train in one process, all seeds at once: start guerdon without a launcher, and give "
                 "--seeds, or `guerdon compare --jobs`."
             )
+        keep_freed_memory()
         self.method, self.config, self.distribution, self.directory = method, config, distribution, directory
         self.device = distribution.device
         self.seeds = list(range(config.seed, config.seed + config.seeds))
@@ -165,6 +168,14 @@ class ControlRun:
         """Save the last batch, to look at what went wrong."""
         if self.batch is not None:
             save_state({k: v for k, v in vars(self.batch).items() if v is not None}, directory)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what small updates free and ask for again at once: page faults would cost them up to a quarter."""
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        for parameter, size in ((-1, 256 << 20), (-2, 16 << 20), (-3, 32 << 20)):  # trim threshold, top pad, mmap
+            libc.mallopt(parameter, size)
 
 
 class Means:

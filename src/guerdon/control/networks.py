@@ -64,14 +64,16 @@ class _Plan(NamedTuple):
     """What `_Layers` knows of an MLP before it sees a batch, so that a call does little beside the products."""
 
     activation: Activation
-    dtype: torch.dtype  # of hidden layers
+    dtype: torch.dtype  # from hidden layer to hidden layer
     hidden: int  # their number; one more layer is a head
     members: bool  # whether parameters have an axis of members
     sizes: tuple[int, ...]  # inputs x outputs of every layer
 
 
 class _Layers(torch.autograd.Function):
-    """`_layer` after `_layer` as one node of the graph: hidden ones in `dtype`, a head without activation in fp32.
+    """`_layer` after `_layer` as one node of the graph: from hidden to hidden in `dtype`, first and head in fp32.
+
+    What is observed keeps its digits so, and a value of 100 is no multiple of 1/2 as in bf16; both layers are small.
 
     Fewer nodes, no saved pre-activations, each weight cast once for both passes, and oneDNN where it is faster. The
     gradient of a gradient is left to the composed form.
@@ -90,7 +92,7 @@ class _Layers(torch.autograd.Function):
             if plan.members:
                 weight, bias = weight.flatten(0, 1), bias.flatten(0, 1)
             if cast:
-                kind = dtype if i < plan.hidden else torch.float32
+                kind = dtype if 0 < i < plan.hidden else torch.float32
                 y, weight, bias = y.to(kind), weight.to(kind), bias.to(kind)
             seen.append(y)
             weights.append(weight)
@@ -115,7 +117,7 @@ class _Layers(torch.autograd.Function):
             seen = ctx.seen[i]
             if i < plan.hidden:
                 gradient = derivative(gradient, last)
-                gradient = gradient.to(dtype) if cast else gradient
+                gradient = gradient.to(seen.dtype) if cast else gradient
             if learns:
                 to_weight, to_bias = _product(gradient.mT, seen, None, ctx.large[i]), gradient.sum(1)
                 if cast:
@@ -141,8 +143,9 @@ class _Layers(torch.autograd.Function):
         """The same gradients by the composed form, with a graph of their own."""
         y = x
         for i in range(len(plan.sizes)):
-            kind = (plan.activation, dtype) if i < plan.hidden else (None, torch.float32)
-            y = _layer(y, parameters[2 * i], parameters[2 * i + 1], *kind)
+            kind = dtype if 0 < i < plan.hidden else torch.float32
+            activation = plan.activation if i < plan.hidden else None
+            y = _layer(y, parameters[2 * i], parameters[2 * i + 1], activation, kind)
         inputs = [t for t, want in zip((x, *parameters), (wanted[0], *wanted[2:]), strict=True) if want]
         found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
         return tuple(next(found) if want else None for want in wanted)
@@ -221,7 +224,7 @@ class MLP(nn.Module):
         members: K members of an ensemble, or None for no axis of members.
         activation: relu, tanh, elu or leaky_relu.
         layer_norm: normalise before every activation.
-        precision: of the products in hidden layers, for batches of 16 rows and more.
+        precision: of the products from hidden layer to hidden layer, for batches of 16 rows and more.
     """
 
     def __init__(
@@ -245,7 +248,8 @@ class MLP(nn.Module):
         sizes = [inputs, *hidden]
         fused = None if layer_norm else activation
         self.layers = nn.ModuleList(
-            Linear(seeds, i, o, members, activation=fused, precision=precision) for i, o in pairwise(sizes)
+            Linear(seeds, i, o, members, activation=fused, precision=precision if n else "fp32")
+            for n, (i, o) in enumerate(pairwise(sizes))
         )
         self.norms = nn.ModuleList(LayerNorm(seeds, width, members) for width in hidden if layer_norm)
         self.head = None if outputs is None else Linear(seeds, sizes[-1], outputs, members)

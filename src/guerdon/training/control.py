@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from guerdon.control.replay import Replay
 from guerdon.errors import ConfigError
 from guerdon.lazy import torch
 from guerdon.training.config import ControlTraining
@@ -157,8 +156,6 @@ class ControlRun:
         self.cursor = Cursor(**state["cursor"])
         if self.envs is not None and not self.envs.restorable:
             self.notes += self.envs.notes
-            if isinstance(replay := self.parts.get("replay"), Replay):
-                replay.cut()
 
     def export(self, directory: Path) -> None:
         """Write the policies of all seeds."""
@@ -171,7 +168,7 @@ class ControlRun:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what small updates free and ask for again at once: page faults would cost them up to a quarter."""
+    """Have glibc keep what small updates free and soon ask for again: page faults cost up to a quarter of the time."""
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         for parameter, size in ((-1, 256 << 20), (-2, 16 << 20), (-3, 32 << 20)):  # trim threshold, top pad, mmap

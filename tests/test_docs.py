@@ -27,7 +27,9 @@ TASK = "'reasoning-gym:chain_sum?max_terms=2'"
 # What keeps a command short, beside a small model.
 SHORT = {
     "train grpo": "--rounds 1 --prompts-per-round 2 --group-size 2 --eval-items 2 --eval-max-new-tokens 4",
-    "collect": "--prompts 2 --max-new-tokens 4",
+    "collect --task": "--prompts 2 --max-new-tokens 4",
+    "train sac": "--max-samples 41000 --learning-starts 40990 --hidden 8 --eval-episodes 1",
+    "collect --env": "--episodes 3",
 }
 
 
@@ -48,6 +50,7 @@ def new_user(tmp_path: Path, monkeypatch) -> list[dict]:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GUERDON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     asked: list[dict] = []
 
     def compare(methods, *, out="comparison", **settings):
@@ -77,7 +80,9 @@ def test_the_commands_of_the_readme_work_as_they_are_written(new_user):
         except NotAsked:
             assert argv[0] == "compare"
         done.append(argv[0])
-    assert done == ["inspect", "look", "train", "evaluate", "compare", "train", "collect", "train"]
+    language = ["inspect", "look", "train", "evaluate", "compare", "train", "collect"]
+    assert done == [*language, "train", "collect", "inspect", "compare", "train"]
+    assert new_user[1]["methods"] == ["bc", "iql", "riql", "td3-bc"]
     assert (new_user[0]["methods"], new_user[0]["budget"]) == (["sft", "dpo", "dpo-norm"], {"updates": 200})
     assert json.loads(Path("faster/config.json").read_text())["options"]["lr"] == 2e-6
 

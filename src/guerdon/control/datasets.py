@@ -646,7 +646,9 @@ def write_minari(
     from minari.dataset.minari_storage import MinariStorage
     from minari.storage.datasets_root_dir import get_dataset_path
 
-    directory = get_dataset_path(_minari_id(target)) if target.startswith("minari:") else Path(target).expanduser()
+    directory = (
+        get_dataset_path(_minari_id(target)) if target.startswith("minari:") else Path(target).expanduser().absolute()
+    )
     if directory.exists():
         raise DataError(f"{target}: {directory} exists already. Choose another name or version, or remove it.")
     observation_space, action_space = _spaces(spec)

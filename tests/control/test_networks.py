@@ -427,7 +427,7 @@ def test_epsilon_greedy_draws_its_share():
 def test_dueling_advantages_are_centred():
     q = started(DiscreteQ(1, CHOICES, (8,), dueling=True), [0])
     obs = observations(CHOICES, 1)
-    torch.testing.assert_close(q(obs).mean(-1), q.outputs(obs)[..., 0])
+    torch.testing.assert_close(q(obs).mean(-1), super(DiscreteQ, q).outputs(obs)[..., 0])
 
 
 # Parameters

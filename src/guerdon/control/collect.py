@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,8 @@ def _actors(name: str, spec: Spec) -> list[Act | None]:
 def _script(name: str) -> Act:
     import importlib
 
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     module, _, function = name.removeprefix("python:").rpartition(".")
     try:
         return getattr(importlib.import_module(module), function)

@@ -10,13 +10,13 @@ import numpy as np
 
 from guerdon.control.datasets import Transitions, blocks, not_finite, read_transitions, unchained
 from guerdon.feedback.diagnostics import Finding, found
+from guerdon.feedback.inspect import LEVELS, findings_table
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
 _QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
-_LEVELS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 _EXAMPLES = 5
 _BINS = 20  # along each of the first two principal axes
 _SAMPLE = 2000  # rows by which coverage is told
@@ -86,7 +86,7 @@ def inspect_transitions(source: str | Transitions) -> dict[str, Any]:
             "mixture": _mixture(finite),
         }
         findings += [finding for check in _CHECKS for finding in check(finite)]
-    report["findings"] = sorted(findings, key=lambda finding: list(_LEVELS).index(finding["level"]))
+    report["findings"] = sorted(findings, key=lambda finding: list(LEVELS).index(finding["level"]))
     return report
 
 
@@ -405,18 +405,7 @@ def render(report: dict[str, Any]) -> Group:
             facts.add_row(Text(name, style="dim"), Text(value))
     for note in report["notes"]:
         facts.add_row(Text("note", style="dim"), Text(note))
-    findings = Table(show_header=False, box=None, padding=(0, 1))
-    for finding in report["findings"]:
-        examples = ", ".join(finding["examples"][:3]) + (", ..." if finding["count"] > 3 else "")
-        findings.add_row(
-            Text(finding["level"], style=_LEVELS[finding["level"]]),
-            Text(f"{finding['count']:,}", justify="right"),
-            Text.assemble(
-                f"{finding['what']} ({finding['share']:.1%})\n", (f"{examples}\n", "dim"), (finding["advice"], "italic")
-            ),
-        )
-    nothing = Text("Nothing odd was found.", style="green")
-    return Group(Text(report["source"], style="bold"), facts, "", *parts, findings if report["findings"] else nothing)
+    return Group(Text(report["source"], style="bold"), facts, "", *parts, findings_table(report["findings"]))
 
 
 def _quantile_table(report: dict[str, Any]) -> Table:

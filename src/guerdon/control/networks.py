@@ -49,6 +49,9 @@ _BF16_FROM = 16
 # MKL and the CPU is not Intel's, that has half of oneDNN's speed.
 _ONEDNN_FROM = 2**21 if torch.backends.mkldnn.is_available() else math.inf
 
+# A product with fewer columns than this takes MKL twice as long as its transpose.
+_NARROW = 64
+
 
 def _layer(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None, dtype: torch.dtype) -> Tensor:
     """activation(x W^T + b) of N networks: (N, B, I) to (N, B, O) in `dtype`, composed of torch's own operations.
@@ -154,7 +157,11 @@ class _Layers(torch.autograd.Function):
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:
     """a (N, M, K) times b (N, K, O), plus bias (N, O)."""
     if not onednn:
-        return torch.bmm(a, b) if bias is None else torch.baddbmm(bias.unsqueeze(1), a, b)
+        if bias is not None:
+            return torch.baddbmm(bias.unsqueeze(1), a, b)
+        if a.is_cpu and 1 < b.shape[2] < min(_NARROW, a.shape[1]):
+            return torch.bmm(b.mT, a.mT).mT
+        return torch.bmm(a, b)
     linear = torch.ops.mkldnn._linear_pointwise
     each = [linear(a[n], b[n].t(), None if bias is None else bias[n], "none", [], "") for n in range(len(a))]
     return torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
@@ -254,26 +261,26 @@ class MLP(nn.Module):
         self.norms = nn.ModuleList(LayerNorm(seeds, width, members) for width in hidden if layer_norm)
         self.head = None if outputs is None else Linear(seeds, sizes[-1], outputs, members)
         stack = [*self.layers, self.head] if self.head is not None else list(self.layers)
-        self._plan = _Plan(
+        self.plan = _Plan(
             activation,
             _DTYPES[precision],
             len(hidden),
             members is not None,
             tuple(i * o for i, o in pairwise([*sizes, *([] if outputs is None else [outputs])])),
         )
-        self._parameters_in_order = [p for layer in stack for p in (layer.weight, layer.bias)]
+        self.in_order = [p for layer in stack for p in (layer.weight, layer.bias)]
         self.members = members
 
     def forward(self, x: Tensor) -> Tensor:
         """(S, B, I) -> (S, [K,] B, O), fp32."""
         if self.norms:
             for layer, norm in zip(self.layers, self.norms, strict=True):
-                x = _ACTIVATIONS[self._plan.activation][0](norm(layer(x)))
+                x = _ACTIVATIONS[self.plan.activation][0](norm(layer(x)))
             return x if self.head is None else self.head(x)
         if self.members is None:
-            return _Layers.apply(x, self._plan, *self._parameters_in_order).float()  # type: ignore[no-any-return]
+            return _Layers.apply(x, self.plan, *self.in_order).float()  # type: ignore[no-any-return]
         x = _for_members(x, self.members)
-        y = _Layers.apply(x.flatten(0, 1), self._plan, *self._parameters_in_order)
+        y = _Layers.apply(x.flatten(0, 1), self.plan, *self.in_order)
         return y.float().unflatten(0, x.shape[:2])  # type: ignore[no-any-return]
 
 
@@ -416,9 +423,73 @@ class _Network(nn.Module):
             "precision": precision,
         }
 
-    def outputs(self, obs: Tensor, *beside: Tensor) -> Tensor:
+    @property
+    def plain(self) -> bool:
+        """Whether there are fully connected layers and nothing else."""
+        return self.encoder is None and not self.mlp.norms
+
+    def features(self, obs: Tensor, *beside: Tensor) -> Tensor:
+        """What the MLP sees, (S, B, I)."""
         features = self.encoder(obs) if self.encoder else obs.flatten(2).float()
-        return self.mlp(torch.cat([features, *beside], -1) if beside else features)
+        return torch.cat([features, *beside], -1) if beside else features
+
+    def outputs(self, obs: Tensor, *beside: Tensor) -> Tensor:
+        """(S, [K,] B, O)."""
+        return self.mlp(self.features(obs, *beside))
+
+
+class Pass:
+    """One pass through a network without a graph, and the gradients that belong to it, for losses with a closed form.
+
+    The numbers are those of autograd, whose bookkeeping costs as much as the products in small networks. What is not
+    fully connected layers alone (images, layer normalisation, dueling) goes through autograd.
+
+    Args:
+        network: any of this file.
+        obs, beside: what its `outputs` takes.
+
+    Attributes:
+        output: (S, [K,] B, O), what `outputs` returns.
+    """
+
+    def __init__(self, network: _Network, obs: Tensor, *beside: Tensor) -> None:
+        self._network, self._width = network, sum(x.shape[-1] for x in beside)
+        if not network.plain:
+            with torch.enable_grad():
+                self._beside = [x.detach().requires_grad_() for x in beside]
+                self._graph = network.outputs(obs, *self._beside)
+            self.output = self._graph.detach()
+            return
+        mlp, x = network.mlp, network.features(obs, *beside)
+        self._members = mlp.members
+        if self._members is not None:
+            x = _for_members(x, self._members).flatten(0, 1)
+        with torch.no_grad():
+            y = _Layers.forward(self, x, mlp.plan, *mlp.in_order).float()
+        self.output = y if self._members is None else y.unflatten(0, (-1, self._members))
+
+    def parameters(self, gradient: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of `network.parameters()`, in their order, from that of the output."""
+        if not self._network.plain:
+            return torch.autograd.grad(self._graph, list(self._network.parameters()), gradient)
+        return self._backward(gradient, False)[2:]
+
+    def beside(self, gradient: Tensor) -> Tensor:
+        """Gradient (S, B, ...) of what was beside the observations, from that of the output."""
+        if not self._network.plain:
+            return torch.cat(torch.autograd.grad(self._graph, self._beside, gradient), -1)
+        to_x = self._backward(gradient, True)[0][..., -self._width :]
+        return to_x if self._members is None else to_x.unflatten(0, (-1, self._members)).sum(1)
+
+    # What `_Layers` needs of a context
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    @torch.no_grad()
+    def _backward(self, gradient: Tensor, to_inputs: bool) -> tuple[Any, ...]:
+        self.needs_input_grad = (to_inputs, False, *[not to_inputs] * len(self._network.mlp.in_order))
+        return _Layers.backward(self, gradient if self._members is None else gradient.flatten(0, 1))
 
 
 class Value(_Network):
@@ -466,9 +537,16 @@ class DiscreteQ(_Network):
         self.dueling = dueling
         self.options |= {"members": members, "dueling": dueling}
 
+    @property
+    def plain(self) -> bool:
+        return super().plain and not self.dueling
+
     def forward(self, obs: Tensor) -> Tensor:
         """Observations (S, B, *obs) to values (S, B, A), or (S, K, B, A) with members."""
-        q = self.outputs(obs)
+        return self.outputs(obs)
+
+    def outputs(self, obs: Tensor, *beside: Tensor) -> Tensor:
+        q = super().outputs(obs)
         if not self.dueling:
             return q
         value, advantage = q[..., :1], q[..., 1:]
@@ -652,8 +730,11 @@ class GaussianActor(_ContinuousActor):
 
     def forward(self, obs: Tensor) -> Gaussian:
         """The distribution of actions for observations (S, B, *obs)."""
-        mean = self.outputs(obs)
-        mean, log_std = mean.chunk(2, -1) if self.log_std is None else (mean, self.log_std)
+        return self.distribution(self.outputs(obs))
+
+    def distribution(self, outputs: Tensor) -> Gaussian:
+        """The distribution that `outputs` of the network stand for."""
+        mean, log_std = outputs.chunk(2, -1) if self.log_std is None else (outputs, self.log_std)
         return Gaussian(mean, log_std.clamp(*self.bounds), *(self.squashed_range() if self.squash else ()))
 
     def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:

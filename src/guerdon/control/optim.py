@@ -60,7 +60,11 @@ class Adam:
     @torch.compiler.disable  # the fused step is one call already, and cannot be traced
     def minimise(self, loss: torch.Tensor) -> None:
         """One step down the gradient of `loss` (S,), or a sum over seeds; gradients of other parameters are left."""
-        for p, gradient in zip(self.parameters, torch.autograd.grad(loss.sum(), self.parameters), strict=True):
+        self.apply(torch.autograd.grad(loss.sum(), self.parameters))
+
+    def apply(self, gradients: Iterable[torch.Tensor]) -> None:
+        """One step along gradients of the parameters, in their order."""
+        for p, gradient in zip(self.parameters, gradients, strict=True):
             p.grad = gradient.contiguous()  # the fused step reads memory, not strides
         self.step()
 
@@ -96,8 +100,7 @@ class Adam:
 
     def gradient_norms(self) -> torch.Tensor:
         """2-norm of each seed's gradient over all parameters, (S,); after a step with clipping, of the clipped one."""
-        squares = [g.detach().flatten(1).square().sum(1) for g in self._gradients()]
-        return torch.stack(squares).sum(0).sqrt()
+        return torch.linalg.vector_norm(torch.cat([g.flatten(1) for g in self._gradients()], 1), dim=1)
 
     def _gradients(self) -> list[torch.Tensor]:
         for p in self.parameters:

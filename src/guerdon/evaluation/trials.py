@@ -286,7 +286,7 @@ def _flags(values: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, (list, tuple)):
-            flags += [f"--{flag}", *map(str, value)] if value else []
+            flags += [f"--{flag}", *map(str, value)]
         elif value is not None:
             flags += [f"--{flag}", str(value)]
     return flags

@@ -22,11 +22,13 @@ from guerdon.feedback.readers import Feedback
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
 
 CountTokens = Callable[[list[str]], list[int]]
 _CHUNK = 1000  # texts counted at once
 _QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
-_LEVELS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+LEVELS = {"error": "bold red", "warning": "yellow", "info": "cyan"}  # of findings, the gravest first: their colours
 
 
 def inspect_feedback(
@@ -89,7 +91,7 @@ def inspect_feedback(
         findings += more
     if feedback.kind == "scored":
         report["scores"] = _quantiles([score for r in records for score in r.scores or ()])
-    report["findings"] = sorted(findings, key=lambda finding: list(_LEVELS).index(finding["level"]))
+    report["findings"] = sorted(findings, key=lambda finding: list(LEVELS).index(finding["level"]))
     return report
 
 
@@ -182,17 +184,24 @@ def render(report: dict[str, Any]) -> Group:
         lengths.add_section()
         lengths.add_row("score", *(f"{report['scores'][name]:,.3g}" for name in ("mean", *_QUANTILES)))
 
-    findings = Table(show_header=False, box=None, padding=(0, 1))
-    for finding in report["findings"]:
+    return Group(Text(report["source"], style="bold"), facts, "", lengths, "", findings_table(report["findings"]))
+
+
+def findings_table(findings: list[dict[str, Any]]) -> Table | Text:
+    """What was found odd, as `inspect_feedback` returns it under `findings`; or that nothing was."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if not findings:
+        return Text("Nothing odd was found.", style="green")
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    for finding in findings:
         examples = ", ".join(finding["examples"][:3]) + (", ..." if finding["count"] > 3 else "")
-        findings.add_row(
-            Text(finding["level"], style=_LEVELS[finding["level"]]),
+        table.add_row(
+            Text(finding["level"], style=LEVELS[finding["level"]]),
             Text(f"{finding['count']:,}", justify="right"),
             Text.assemble(
                 f"{finding['what']} ({finding['share']:.1%})\n", (f"{examples}\n", "dim"), (finding["advice"], "italic")
             ),
         )
-    nothing = Text("Nothing odd was found.", style="green")
-    return Group(
-        Text(report["source"], style="bold"), facts, "", lengths, "", findings if report["findings"] else nothing
-    )
+    return table

@@ -163,7 +163,9 @@ def _run_page(run: RunDir) -> dict[str, Any]:
     evaluations = list(load_evaluations(run.path / EVALUATION).values()) if (run.path / EVALUATION).exists() else []
     steps = rows[-1]["step"] if rows else 0
     states = {"done": "finished", "failed": "failed", "stopped": "was stopped", "killed": "was killed"}
-    verdict = [f"{config['method']} {states.get(status['state'], 'is under way')} after {steps:,} updates."]
+    training = config["training"]
+    unit = "environment steps" if training.get("env") and not training["data"] else "updates"
+    verdict = [f"{config['method']} {states.get(status['state'], 'is under way')} after {steps:,} {unit}."]
     metrics: dict[str, Interval] = {}
     if evaluations:
         first = evaluations[0]
@@ -183,11 +185,13 @@ def _run_page(run: RunDir) -> dict[str, Any]:
     else:
         verdict.append("It has not been evaluated: `guerdon evaluate` does that.")
     error = status.get("error")
+    first_seed, seeds = training.get("seed", 0), training.get("seeds", 1)
+    seed = ("seeds", f"{first_seed} to {first_seed + seeds - 1}") if seeds > 1 else ("seed", str(first_seed))
     return {
         "title": config["method"],
         "subtitle": "a run",
         "verdict": verdict,
-        "chips": [*_chips(config["training"], {}), ("seed", str(config["training"].get("seed", 0)))],
+        "chips": [*_chips(training, {}), seed],
         "results": None,
         "metrics": [(kind_of(name).label, interval_text(interval)) for name, interval in metrics.items()],
         "pairs": None,
@@ -197,7 +201,7 @@ def _run_page(run: RunDir) -> dict[str, Any]:
         "band": False,
         "samples": _over_time(shown),
         "films": _films(config["method"], run.path),
-        "failures": [{"label": config["method"], "seed": config["training"].get("seed", 0), "error": error}]
+        "failures": [{"label": config["method"], "seed": first_seed, "error": error}]
         if error
         else [],
         "facts": _facts(run.path, config, [run.path]),

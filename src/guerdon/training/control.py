@@ -155,7 +155,7 @@ class ControlRun:
             part.load_state_dict(state["parts"][name])
         self.cursor = Cursor(**state["cursor"])
         if self.envs is not None and not self.envs.restorable:
-            self.notes += self.envs.notes
+            self.notes += [note for note in self.envs.notes if note not in self.notes]
 
     def export(self, directory: Path) -> None:
         """Write the policies of all seeds."""

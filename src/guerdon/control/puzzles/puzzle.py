@@ -175,9 +175,9 @@ def _followed(first: Puzzle, then: Puzzle) -> Puzzle:
         flips.reshape(len(flips), -1, first.places)[:, kept],
         (first.costs[:, None] + then.costs[:count]).ravel()[kept],
         first.inverse,
-        np.concatenate(
-            [np.repeat(first.steps, count, axis=0), np.tile(primitive, first.actions)[:, None]], axis=1
-        )[kept],
+        np.concatenate([np.repeat(first.steps, count, axis=0), np.tile(primitive, first.actions)[:, None]], axis=1)[
+            kept
+        ],
         first.scramble,
     )
 

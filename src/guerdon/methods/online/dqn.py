@@ -35,12 +35,14 @@ def greedy_value(target: torch.Tensor, online: torch.Tensor | None = None) -> to
 
 
 def td_loss(q: torch.Tensor, target: torch.Tensor, kind: Literal["huber", "squared"]) -> torch.Tensor:
-    """Of the error d = Q(s, a) - y, elementwise: d^2 / 2, or |d| - 1/2 where |d| > 1 with "huber".
-
-    The gradient of "huber" is d clipped to [-1, 1], the error clipping of Mnih et al. 2015.
-    """
+    """Of the error d = Q(s, a) - y, elementwise: d^2 / 2, or |d| - 1/2 where |d| > 1 with "huber"."""
     how = torch.nn.functional.smooth_l1_loss
     return how(q, target, reduction="none") if kind == "huber" else 0.5 * (q - target).square()
+
+
+def td_slope(error: torch.Tensor, kind: Literal["huber", "squared"]) -> torch.Tensor:
+    """Derivative of `td_loss` by q: the error itself, which "huber" clips to [-1, 1] (Mnih et al. 2015)."""
+    return error.clamp(-1, 1) if kind == "huber" else error
 
 
 @method("dqn", learns_from="environment", policy="control")
@@ -105,8 +107,11 @@ class DQN(ReplayControl):
     def explore(self, run: ControlRun, obs: np.ndarray) -> np.ndarray:
         decayed = min(1.0, self.done(run) / self.epsilon_decay) if self.epsilon_decay else 1.0
         epsilon = self.epsilon_start + (self.epsilon_end - self.epsilon_start) * decayed
-        whether, which = np.moveaxis(run.streams.uniform("explore", obs.shape[1], 2).double().cpu().numpy(), -1, 0)
-        explores, actions = whether < epsilon, (which * run.spec.actions).astype(np.int64)
+        drawn = run.streams.uniform("explore", obs.shape[1], 2).cpu().numpy()
+        explores = drawn[..., 0] < epsilon
+        actions = (drawn[..., 1].astype(np.float64) * run.spec.actions).astype(
+            np.int64
+        )  # in float32 1 might be reached
         return actions if explores.all() else np.where(explores, actions, run.policy.act(obs))
 
     def draw(self, run: ControlRun) -> Batch:
@@ -122,15 +127,18 @@ class DQN(ReplayControl):
             ema_(self.target, self.q, self.target_rate)
         return metrics
 
+    @torch.no_grad()
     def update(self, batch: Batch) -> Metrics:
-        with torch.no_grad():
-            chooser = self.q(batch.next_obs) if self.double else None
-            target = td_target(batch, greedy_value(self.target(batch.next_obs), chooser), self.gamma)
-        q = self.q(batch.obs).gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
-        losses = td_loss(q, target, self.loss)
+        from guerdon.control.networks import Pass
+
+        chooser = self.q(batch.next_obs) if self.double else None
+        target = td_target(batch, greedy_value(self.target(batch.next_obs), chooser), self.gamma)
+        seen, taken = Pass(self.q, batch.obs), batch.action.unsqueeze(-1)
+        q = seen.output.gather(-1, taken).squeeze(-1)
+        losses, slope = td_loss(q, target, self.loss), td_slope(q - target, self.loss)
         if batch.weight is not None:
-            self.errors = (q - target).detach()
-            losses = losses * batch.weight
-        loss = losses.mean(-1)
-        self.optimizer.minimise(loss)
-        return {"loss/q": loss.detach(), "value/mean": q.detach().mean(-1)}
+            self.errors = q - target
+            losses, slope = losses * batch.weight, slope * batch.weight
+        gradient = torch.zeros_like(seen.output).scatter_(-1, taken, slope.unsqueeze(-1) / q.shape[1])
+        self.optimizer.apply(seen.parameters(gradient))
+        return {"loss/q": losses.mean(-1), "value/mean": q.mean(-1)}

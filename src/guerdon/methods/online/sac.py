@@ -40,6 +40,26 @@ def critic_loss(q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (q - target.unsqueeze(1)).square().sum(1).mean(-1) / 2
 
 
+def policy_slopes(
+    mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor, to_action: torch.Tensor, alpha: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Derivatives of alpha log pi(a|s) - Q(s, a) by mean and log_std, at the action a = tanh(u), u = mean + std noise.
+
+    by mean: 2 alpha a - (1 - a^2) dQ/da,    by log_std: std noise times that, less alpha
+
+    since log pi = -noise^2 / 2 - log_std - log(1 - a^2) + a constant for each dimension (Haarnoja et al. 2018, eq. 9
+    and appendix C). All but alpha are (S, B, A).
+
+    Args:
+        to_action: dQ/da.
+        alpha: (S,).
+    """
+    spread = log_std.exp() * noise
+    action, alpha = torch.tanh(mean + spread), alpha[:, None, None]
+    to_mean = 2 * alpha * action - (1 - action.square()) * to_action
+    return to_mean, to_mean * spread - alpha
+
+
 def temperature_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target: float) -> torch.Tensor:
     """alpha (H - target) by seed: (S,), which falls as alpha falls where there is more entropy than the target.
 
@@ -112,31 +132,39 @@ class SAC(ReplayControl):
         low, high = np.array(run.spec.low, np.float32), np.array(run.spec.high, np.float32)
         return low + (high - low) * run.streams.uniform("start", *obs.shape[1:2], run.spec.actions).cpu().numpy()
 
+    @torch.no_grad()
     def update(self, batch: Batch) -> Metrics:
-        from guerdon.control.networks import ema_, frozen
+        from guerdon.control.networks import Pass, ema_
 
         noise, next_noise = self.streams.normal("noise", 2, *batch.action.shape[1:]).unbind(1)
-        alpha = self.log_alpha.detach().exp()
-        with torch.no_grad():
-            next_action, next_log_prob = self.actor(batch.next_obs).sample(next_noise)
-            next_value = soft_value(self.target(batch.next_obs, next_action), next_log_prob + self.unit, alpha)
-            target = td_target(batch, next_value, self.gamma)
-        q = self.critic(batch.obs, batch.action)
-        q_loss = critic_loss(q, target)
-        self.critic_optimizer.minimise(q_loss)
+        alpha, size = self.log_alpha.exp(), batch.reward.shape[1]
+        next_action, next_log_prob = self.actor(batch.next_obs).sample(next_noise)
+        next_value = soft_value(self.target(batch.next_obs, next_action), next_log_prob + self.unit, alpha)
+        target = td_target(batch, next_value, self.gamma)
+        judged = Pass(self.critic, batch.obs, batch.action)
+        q = judged.output.squeeze(-1)
+        self.critic_optimizer.apply(judged.parameters((q - target.unsqueeze(1)).unsqueeze(-1) / size))
 
-        action, log_prob = self.actor(batch.obs).sample(noise)
-        with frozen(self.critic):
-            policy_loss = -soft_value(self.critic(batch.obs, action), log_prob + self.unit, alpha).mean(-1)
-            self.actor_optimizer.minimise(policy_loss)
-        entropy = -log_prob.detach().mean(-1) - self.unit
+        acting = Pass(self.actor, batch.obs)
+        policy = self.actor.distribution(acting.output)
+        action, log_prob = policy.sample(noise)
+        log_prob = log_prob + self.unit
+        judged = Pass(self.critic, batch.obs, action)
+        q_policy = judged.output.squeeze(-1)
+        least = torch.zeros_like(q_policy).scatter_(1, q_policy.argmin(1, keepdim=True), 1.0)
+        to_action = judged.beside(least.unsqueeze(-1)) * policy.half
+        to_mean, to_log_std = policy_slopes(policy.mean, policy.log_std, noise, to_action, alpha)
+        free = acting.output[..., to_mean.shape[-1] :] == policy.log_std  # not held at a bound
+        self.actor_optimizer.apply(acting.parameters(torch.cat([to_mean, to_log_std * free], -1) / size))
+        entropy = -log_prob.mean(-1)
         if self.alpha is None:
-            self.temperature_optimizer.minimise(temperature_loss(self.log_alpha, entropy, self.wanted))
+            # The derivative of exp(x) c is the same again.
+            self.temperature_optimizer.apply([temperature_loss(self.log_alpha, entropy, self.wanted)])
         ema_(self.target, self.critic, self.target_rate)
         return {
-            "loss/q": q_loss.detach(),
-            "loss/policy": policy_loss.detach(),
-            "value/mean": q.detach().mean((1, 2)),
+            "loss/q": critic_loss(q, target),
+            "loss/policy": -soft_value(q_policy, log_prob, alpha).mean(-1),
+            "value/mean": q.mean((1, 2)),
             "policy/entropy": entropy,
             "policy/temperature": alpha,
         }

@@ -6,8 +6,8 @@ only when that edge is popped:
 
     priority of a node:  weight * g(s) + h(s)           priority of an edge:  weight * g(s) + q(s, a)
 
-Neither waits for anything when it is optimal: with weight 1 and a heuristic that never overestimates (h <= h*, or
-q <= c + h*) the result is a shortest path.
+With a heuristic that never overestimates (h <= h*, or q <= c + h*) a path is found that costs at most 1 / weight times
+the shortest one.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Solution:
 
     Attributes:
         solved: whether there is a path.
-        cost: of the path, infinite without one. No path costs less than `lower` / weight where the heuristic never
-            overestimates.
+        cost: of the path, infinite without one.
         actions: of the path.
         nodes_generated: children that were made (in A* of every popped node, in Q* one for each popped edge), those
             that were known already too, and 1 for the start.
         heuristic_calls: states that went to the heuristic.
         iterations: rounds of popping.
-        lower: the largest of the smallest priorities that were popped.
+        lower: where the heuristic never overestimates no path costs less: the largest of the smallest priorities that
+            were popped, or the cost where that is less.
         memory: bytes of the nodes that were kept, with their edges.
         seconds: by the clock, from the start of all instances to the end of this one.
     """
@@ -110,8 +110,8 @@ def q_star(
         q: states (N, L) uint8 to estimates (N, A) of the cost to the goal by way of each action, kept as float32.
         starts: (I, L) uint8.
         weight: of the path's cost, in [0, 1]; 0 is greedy.
-        stop: "bound" when the smallest popped priority reaches weight * cost of the best path: optimal for weight 1
-            where q <= c + h*. "first" with the first goal: optimal for `batch` 1 where also c <= q.
+        stop: "bound" when the smallest popped priority reaches weight * cost of the best path: optimal for weight 1 and
+            any `batch` where q <= c + h*. "first" with the first goal: optimal for `batch` 1 where also c <= q.
         max_nodes: give an instance up after so many generated nodes; 0 never does.
 
     Raises:
@@ -229,7 +229,9 @@ class _Open:
         if values is None:
             return
         if self.edges:
-            self.kernels.push_edges(self.pool, self.instances, asked, values.astype(np.float32, copy=False), self.weight)
+            self.kernels.push_edges(
+                self.pool, self.instances, asked, values.astype(np.float32, copy=False), self.weight
+            )
         else:
             self.kernels.push_nodes(self.pool, self.instances, asked, values.astype(np.float64), self.weight)
 
@@ -247,7 +249,7 @@ class _Open:
             nodes_generated=int(found.generated[i]),
             heuristic_calls=int(found.evaluated[i]),
             iterations=iterations,
-            lower=float(found.lower[i]),
+            lower=float(min(found.lower[i], found.upper[i])),
             memory=kept * sum(column[:1].nbytes for column in pool),
             seconds=seconds,
         )

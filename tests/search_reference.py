@@ -13,7 +13,7 @@ from guerdon.control.puzzles.puzzle import Puzzle
 
 
 def graph_puzzle(targets: np.ndarray, costs: Sequence[float], goal: int) -> Puzzle:
-    """The puzzle of a graph: action a leads from node s to `targets[s, a]`; node s is the state whose 0 is in place s."""
+    """A graph as a puzzle: action a leads from node s to `targets[s, a]`; node s is the state with its 0 in place s."""
     nodes, actions = targets.shape
     moves = np.tile(np.arange(nodes), (nodes, actions, 1))
     for s in range(nodes):
@@ -77,7 +77,7 @@ def reference(
                 if q_star and puzzle.solved(child) and cost < upper:
                     upper, best = cost, (*path, a)
         push(new)
-        if best is not None and (stop == "first" or lower >= weight * upper) or generated >= max_nodes:
+        if (best is not None and (stop == "first" or lower >= weight * upper)) or generated >= max_nodes:
             break
     return {
         "solved": best is not None,

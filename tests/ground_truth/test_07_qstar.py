@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -83,7 +81,7 @@ def test_4_targets_on_a_chain():
     learner = QStar(backed_up="uniform", batch_size=60)
     learner.puzzle, learner.tables, learner.streams = puzzle, Tables(puzzle, "cpu"), Streams([0])
     twin = Streams([0])  # draws the same actions
-    learner.target = SimpleNamespace(copies=torch.ones(1))
+    learner.followed = torch.ones(1)
     table = torch.zeros(3, 2)
     learner.followers = [lambda states: table[(states == 0).byte().argmax(-1)]]
     which = torch.arange(60) % 3

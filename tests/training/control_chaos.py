@@ -63,7 +63,7 @@ def main(kind: str, path: Path) -> None:
     budget = {"max_samples": 60} if kind == "online" else {"max_updates": 2}
     train(kind, path.with_name("warm"), **budget)
     moments = random.Random(7)
-    kills, restored, span = 0, 0, 0.1
+    kills, restored, span = 0, 0, 0.3
     while True:
         child = os.fork()
         if child == 0:
@@ -83,7 +83,7 @@ def main(kind: str, path: Path) -> None:
             raise SystemExit(f"a life ended by itself with {code}")
         kills += 1
         restored += RunDir(path).latest_checkpoint() is not None
-        span *= 1.1
+        span *= 1.15
     print(kills, restored)
 
 

@@ -306,8 +306,8 @@ def test_material_of_an_environment_is_its_name():
     check_material(ControlTraining(env="CartPole-v1"), [DQN()])
     with pytest.raises(ConfigError, match=r"dqn acts with discrete actions, and those of Pendulum-v1 are continuous"):
         check_material(ControlTraining(env="Pendulum-v1"), [DQN()])
-    with pytest.raises(ConfigError, match="there is no environment 'CartPole'"):
-        check_material(ControlTraining(env="CartPole"), [DQN()])
+    with pytest.raises(ConfigError, match="there is no environment 'CartPol-v1'"):
+        check_material(ControlTraining(env="CartPol-v1"), [DQN()])
 
 
 def test_data_of_another_environment_is_refused(noise):

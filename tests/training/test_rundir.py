@@ -204,3 +204,24 @@ def test_no_torch_is_imported():
     code = "import sys, guerdon.training.rundir; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(guerdon.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_a_row_with_numbers_for_each_seed(run):
+    nan = float("nan")
+    given = {
+        "a/each": [1.0, 4.0],
+        "a/some": [nan, 3.0, 5.0],
+        "a/none": [nan, nan],
+        "a/inf": [float("inf"), 2.0],
+        "b": 7,
+    }
+    run.append(10, given)
+    line = json.loads((run.path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)  # strict JSON
+    assert line["a/each"] == [1.0, 4.0] and line["a/some"] == ["NaN", 3.0, 5.0] and line["a/inf"] == ["Infinity", 2.0]
+    (mean,), (first,), (second,) = run.metrics(), run.metrics(0), run.metrics(seed=1)
+    assert repr(mean) == repr({"step": 10, "a/each": 2.5, "a/some": 4.0, "a/none": nan, "a/inf": float("inf"), "b": 7})
+    assert repr(first) == repr({"step": 10, "a/each": 1.0, "a/some": nan, "a/none": nan, "a/inf": float("inf"), "b": 7})
+    assert repr(second) == repr({"step": 10, "a/each": 4.0, "a/some": 3.0, "a/none": nan, "a/inf": 2.0, "b": 7})
+    run.append(10, {"eval/score": [5.0, 6.0]})  # joins the row, whose lists stay what they were
+    run.truncate_to(10)
+    assert repr(RunDir.open(run.path).metrics(1)) == repr([{**second, "eval/score": 6.0}])

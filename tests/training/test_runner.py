@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from guerdon.errors import ConfigError, GuerdonError
+from guerdon.training.progress import Silent
 from guerdon.training.rundir import RunDir
 from guerdon.training.runner import Stopped, rng_state, set_rng_state
 from training import chaos
@@ -224,6 +225,87 @@ def test_full_disk_at_a_checkpoint_keeps_the_one_before(tmp_path, monkeypatch):
     monkeypatch.setattr(Problem, "save", real)
     train(tmp_path / "run", METHOD, options)
     assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+class _Leaping(Fit):
+    """Moves the cursor itself, seven steps at a time, and yields a number for each of two seeds."""
+
+    def learn(self, run):
+        for metrics in super().learn(run):
+            run.cursor.step += 7
+            odd = float("nan") if run.cursor.step == 21 else 0.5
+            yield {"loss/total": [float(metrics["loss/total"]), 1.0], "policy/odd": [odd, 2.5]}
+
+
+def test_steps_that_a_method_takes_at_once(tmp_path):
+    options = {"checkpoint_every": 10, "eval_every": 20, "snapshot_every": 15, "keep_checkpoints": 0}
+    found: list[list[str]] = []
+
+    class Watched(_Leaping):
+        def learn(self, run):
+            for metrics in super().learn(run):
+                yield metrics
+                found.append([path.name[-2:] for path in RunDir.open(tmp_path / "run").checkpoints()])
+
+    train(tmp_path / "run", Watched(rounds=1, updates=6), options)
+    run = RunDir.open(tmp_path / "run")
+    assert [row["step"] for row in run.metrics()] == [0, 7, 14, 21, 28, 35, 42]
+    assert [row["step"] for row in run.metrics() if "eval/score" in row] == [0, 21, 42]
+    assert [path.name for path in sorted((run.path / "snapshots").iterdir())] == ["step-00000021", "step-00000035"]
+    assert found[-2] == ["14", "21", "35"]  # the first step at or after 10, 20, 30
+    each = {row["step"]: row for row in run.metrics(0)}
+    mean = {row["step"]: row for row in run.metrics()}
+    assert np.isnan(each[21]["policy/odd"]) and mean[21]["policy/odd"] == 2.5 and mean[28]["policy/odd"] == 1.5
+    assert mean[42]["loss/total"] == pytest.approx((each[42]["loss/total"] + 1) / 2)
+
+
+def test_one_seed_that_is_not_finite_stops_the_run(tmp_path):
+    class Broken(_Leaping):
+        def learn(self, run):
+            for metrics in super().learn(run):
+                yield {**metrics, "loss/q": [1.0, float("inf") if run.cursor.step == 14 else 1.0]}
+
+    with pytest.raises(GuerdonError, match=r"step 14 of .*: loss/q is inf\. The batch is saved"):
+        train(tmp_path / "run", Broken(), {})
+    assert RunDir.open(tmp_path / "run").metrics()[-1]["step"] == 7
+
+
+def test_snapshots_are_left_by_a_resumed_run_too(tmp_path):
+    options = {"checkpoint_every": 5, "snapshot_every": 6}
+    train(tmp_path / "whole", METHOD, options)
+    with pytest.raises(GuerdonError):
+        train(tmp_path / "run", Fit(spoil_at=14), options)
+    assert [path.name for path in sorted((tmp_path / "run" / "snapshots").iterdir())] == [
+        "step-00000006",
+        "step-00000012",
+    ]
+    train(tmp_path / "run", METHOD, options)
+    names = [f"step-{step:08d}" for step in (6, 12, 18, 24, 30)]
+    for path in (tmp_path / "whole", tmp_path / "run"):
+        assert sorted(p.name for p in (path / "snapshots").iterdir()) == names
+    for name in names:
+        first, second = (
+            load_file(tmp_path / run / "snapshots" / name / "model.safetensors") for run in ("whole", "run")
+        )
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+    assert all(torch.equal(value, policy(tmp_path / "run")[key]) for key, value in first.items())  # of the last step
+
+
+def test_notes_are_shown_once_when_it_begins(tmp_path, monkeypatch):
+    class Noting(Silent):
+        def __init__(self):
+            self.said = []
+
+        def begin(self, step, done):
+            self.said.append(("begin", step))
+
+        def note(self, text):
+            self.said.append(text)
+
+    progress = Noting()
+    monkeypatch.setattr(Problem, "notes", ["the data is odd"])
+    train(tmp_path / "run", METHOD, {"max_updates": 2}, progress=progress)
+    assert progress.said == [("begin", 0), "the data is odd"]
 
 
 def test_random_states_come_back():

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -465,7 +465,7 @@ class Pass:
         if self._members is not None:
             x = _for_members(x, self._members).flatten(0, 1)
         with torch.no_grad():
-            y = _Layers.forward(self, x, mlp.plan, *mlp.in_order).float()
+            y = _Layers.forward(self, x, mlp.plan, *mlp.in_order).float()  # type: ignore[arg-type]
         self.output = y if self._members is None else y.unflatten(0, (-1, self._members))
 
     def parameters(self, gradient: Tensor) -> tuple[Tensor, ...]:
@@ -796,7 +796,7 @@ def build_actor(config: Mapping[str, Any]) -> Actor:
     if kind == "stream":  # learned by code of its own, which imports this module
         from guerdon.control.streaming import StreamActor
 
-        return StreamActor(seeds, spec, **options)
+        return cast(Actor, StreamActor(seeds, spec, **options))
     if kind not in _ACTORS:
         raise ConfigError(f"no actor is called '{kind}'.{near(kind, _ACTORS)} There are {', '.join(_ACTORS)}.")
     return _ACTORS[kind](seeds, spec, **options)

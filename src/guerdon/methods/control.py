@@ -44,7 +44,7 @@ class ControlMethod(Method):
     gamma: float = 0.99  # discount
 
     training: ClassVar[type[Training]] = ControlTraining
-    copies: ClassVar[int] = 1  # of each seed's environment; a method that steps several has a field for it
+    copies = 1  # of each seed's environment; a method that steps several has a field for it
     actions: ClassVar[Literal["discrete", "continuous", "any"]] = "any"  # what it can act with
 
     def check_loop(self, training: ControlTraining) -> None:
@@ -193,8 +193,8 @@ class ReplayControl(OnlineControl):
                 "nothing would be learned. Lower it, or raise max_samples."
             )
 
-    def setup(self, run: ControlRun, **options: Any) -> None:
-        """Make the replay buffer, with `options` of `Replay`; networks come first."""
+    def remember(self, run: ControlRun, **options: Any) -> None:
+        """Make the replay buffer, with `options` of `Replay`: the last part of a set-up."""
         from guerdon.control.replay import Replay
 
         assert run.envs is not None

@@ -201,9 +201,7 @@ def _run_page(run: RunDir) -> dict[str, Any]:
         "band": False,
         "samples": _over_time(shown),
         "films": _films(config["method"], run.path),
-        "failures": [{"label": config["method"], "seed": first_seed, "error": error}]
-        if error
-        else [],
+        "failures": [{"label": config["method"], "seed": first_seed, "error": error}] if error else [],
         "facts": _facts(run.path, config, [run.path]),
         "reproduce": _python_train(config),
     }

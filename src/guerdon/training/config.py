@@ -113,7 +113,7 @@ class ControlTraining(Training):
         if self.data is None and self.corrupt:
             raise ConfigError("corrupt damages data, and none is given: it cannot damage what an environment says.")
         if self.data is None and self.max_updates:
-            raise ConfigError("without data the budget is counted in environment steps: give max_samples.")
+            raise ConfigError("without data the budget is counted in environment steps: give max_samples, or the data.")
         if self.data is not None and self.max_samples:
-            raise ConfigError("with data the budget is counted in updates: give max_updates, not max_samples.")
+            raise ConfigError("with data the budget is counted in updates: give max_updates, or leave the data out.")
         check_range(vars(self), "seeds", "eval_episodes", "log_every", low=1)

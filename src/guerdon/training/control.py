@@ -19,10 +19,10 @@ from guerdon.training.config import ControlTraining
 from guerdon.training.distributed import Distribution
 
 if TYPE_CHECKING:
-    from guerdon.control.datasets import Normalizer, Transitions
+    from guerdon.control.datasets import Transitions
     from guerdon.control.environments import Environments
     from guerdon.control.networks import How
-    from guerdon.control.policy import ControlPolicy
+    from guerdon.control.policy import ControlPolicy, Scaling
     from guerdon.control.spaces import Spec
     from guerdon.methods.control import ControlMethod
 
@@ -119,7 +119,7 @@ class ControlRun:
         initialise(network, self.seeds, how, head_gain=head_gain, name=name)
         return self.add(name, network.to(self.device))
 
-    def act_with(self, actor: Any, normalizer: Normalizer | None = None) -> None:
+    def act_with(self, actor: Any, normalizer: Scaling | None = None) -> None:
         """Make `actor` the policy of the run."""
         from guerdon.control.policy import ControlPolicy
 

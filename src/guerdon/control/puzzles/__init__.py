@@ -1,1 +1,1 @@
-"""Puzzles as tables: states in arrays, moves in bulk, exact distances of small ones, and what learns and searches them."""
+"""Puzzles as tables: states in arrays, moves in bulk, exact distances of small ones, networks and compiled search."""

@@ -33,7 +33,7 @@ class Pool(NamedTuple):
     edge: np.ndarray  # (N,) int32, the action that the entry stands for in Q* search
     child: np.ndarray  # (N,) int32, links of the heap
     sibling: np.ndarray  # (N,) int32
-    q: np.ndarray  # (N, A) float32 in Q* search, else (0, A)
+    q: np.ndarray  # (N, A) float32 in Q* search, else (N, 0)
 
 
 class Instances(NamedTuple):
@@ -109,7 +109,7 @@ def _push(pool, instances, node):
 
 @_compiled
 def _next_edge(pool, node, weight):
-    """Let the node's entry stand for its next edge, in the order of priorities and then actions; False behind the last."""
+    """Let the node's entry stand for its next edge, ordered by priority and then action; False behind the last."""
     base, last, done = weight * pool.g[node], pool.priority[node], pool.edge[node]
     best, found = np.inf, NONE
     q = pool.q[node]

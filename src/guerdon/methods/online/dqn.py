@@ -102,7 +102,7 @@ class DQN(ReplayControl):
         adam = Adam(self.q.parameters(), self.lr, max_grad_norm=self.max_grad_norm)
         self.optimizer = run.add("optimizer", adam)
         run.act_with(self.q)
-        super().setup(run, n_step=self.n_step, gamma=self.gamma, priority=self.priority or None)
+        self.remember(run, n_step=self.n_step, gamma=self.gamma, priority=self.priority or None)
 
     def explore(self, run: ControlRun, obs: np.ndarray) -> np.ndarray:
         decayed = min(1.0, self.done(run) / self.epsilon_decay) if self.epsilon_decay else 1.0

@@ -295,9 +295,11 @@ class PPO(OnlineControl):
         with torch.no_grad():
             value, next_value = self.critic(obs), self.critic(next_obs)
             log_prob = self.actor(obs).log_prob(action)
-        reward, terminated, truncated = facts
-        shaped = (x.view(reward.shape) for x in (value, next_value))
-        advantage = gae(reward, *shaped, terminated, truncated, self.gamma, self.lamda)
+        shape = arrays["reward"].shape
+        earned, terminated, truncated = facts
+        advantage = gae(
+            earned, value.view(shape), next_value.view(shape), terminated, truncated, self.gamma, self.lamda
+        )
         return Steps(obs, action, log_prob, value, advantage.flatten(1))
 
     def update(self, batch: Steps) -> Metrics:  # type: ignore[override]

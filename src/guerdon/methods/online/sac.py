@@ -124,7 +124,7 @@ class SAC(ReplayControl):
         self.unit = sum(math.log((high - low) / 2) for low, high in zip(run.spec.low, run.spec.high, strict=True))
         self.streams = run.streams
         run.act_with(self.actor)
-        super().setup(run)
+        self.remember(run)
 
     def explore(self, run: ControlRun, obs: np.ndarray) -> np.ndarray:
         if run.cursor.step >= self.learning_starts:
@@ -152,6 +152,7 @@ class SAC(ReplayControl):
         judged = Pass(self.critic, batch.obs, action)
         q_policy = judged.output.squeeze(-1)
         least = torch.zeros_like(q_policy).scatter_(1, q_policy.argmin(1, keepdim=True), 1.0)
+        assert policy.half is not None
         to_action = judged.beside(least.unsqueeze(-1)) * policy.half
         to_mean, to_log_std = policy_slopes(policy.mean, policy.log_std, noise, to_action, alpha)
         free = acting.output[..., to_mean.shape[-1] :] == policy.log_std  # not held at a bound

@@ -1,4 +1,4 @@
-"""The loop of methods that learn the cost to the goal of a puzzle, backwards from it, without anything else to go by."""
+"""The loop of methods that learn the cost to the goal of a puzzle, backwards from it, with nothing else to go by."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ class HeuristicLearner(ControlMethod):
         network = CostToGo(seeds, run.spec, run.env, self.estimates_q, self.hidden, **how)  # type: ignore[arg-type]
         self.network = run.network("network", network).eval()
         self.target = run.add("target", copy.deepcopy(self.network).requires_grad_(False))
-        self.target.register_buffer("copies", torch.zeros(seeds, device=run.device))
+        self.followed = torch.zeros(seeds, device=run.device)
+        self.target.register_buffer("copies", self.followed)
         self.optimizer = run.add("optimizer", Adam(self.network.parameters(), self.lr))
         run.act_with(self.network)
 
@@ -100,7 +101,7 @@ class HeuristicLearner(ControlMethod):
         flat = states.flatten(1, -2)
         values = torch.stack([follow(rows) for follow, rows in zip(self.followers, flat, strict=True)])
         values = values.amin(-1) if self.estimates_q else values
-        known = (self.target.copies > 0)[:, None] & ~self.tables.solved(flat)
+        known = (self.followed > 0)[:, None] & ~self.tables.solved(flat)
         return torch.where(known, values, 0.0).view(states.shape[:-1])
 
     def update(self, states: torch.Tensor) -> Metrics:  # type: ignore[override]
@@ -116,7 +117,7 @@ class HeuristicLearner(ControlMethod):
             "loss/value": loss.detach(),
             "value/mean": values.detach().mean(-1),
             "value/target": target.mean(-1),
-            "value/copies": self.target.copies.clone(),
+            "value/copies": self.followed.clone(),
         }
 
     def backup(self, states: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,9 +130,9 @@ class HeuristicLearner(ControlMethod):
         old, new = self.target.state_dict(), self.network.state_dict()
         for name, value in new.items():
             old[name][low] = value[low]
-        self.target.copies += low
+        self.followed += low
         self.follow()
 
     def follow(self) -> None:
         """Have what `after` asks say what the target networks say now."""
-        self.followers = [self.target.inference(k) for k in range(len(self.target.copies))]
+        self.followers = [self.target.inference(k) for k in range(len(self.followed))]

@@ -13,7 +13,7 @@ the shortest one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -142,18 +142,18 @@ def _search(
     starts = np.ascontiguousarray(starts)
     if starts.ndim != 2 or starts.shape[1] != puzzle.places or starts.dtype != np.uint8:
         raise DataError(
-            f"starts are {starts.dtype} of shape {starts.shape}: states of {puzzle.name} are uint8 (N, {puzzle.places})."
+            f"starts are {starts.dtype} of shape {starts.shape}: {puzzle.name} has uint8 (N, {puzzle.places})."
         )
     began = time.perf_counter()
-    open_ = _Open(puzzle, starts, edges, weight, batch)
+    frontier = _Frontier(puzzle, starts, edges, weight, batch)
     count = len(starts)
     seconds, iterations = np.zeros(count), np.zeros(count, dtype=int)
-    active = np.flatnonzero(~open_.pool.goal[:count])
-    open_.push(active, heuristic)
+    active = np.flatnonzero(~frontier.pool.goal[:count])
+    frontier.push(active, heuristic)
     while len(active):
         iterations[active] += 1
-        open_.push(open_.pop(active), heuristic)
-        found = open_.instances
+        frontier.push(frontier.pop(active), heuristic)
+        found = frontier.instances
         upper, lower = found.upper[active], found.lower[active]
         known = np.isfinite(upper)
         over = known & ((lower >= weight * np.where(known, upper, 0)) | (stop == "first"))
@@ -162,10 +162,10 @@ def _search(
             over |= found.generated[active] >= max_nodes
         seconds[active[over]] = time.perf_counter() - began
         active = active[~over]
-    return [open_.solution(i, int(iterations[i]), float(seconds[i])) for i in range(count)]
+    return [frontier.solution(i, int(iterations[i]), float(seconds[i])) for i in range(count)]
 
 
-class _Open:
+class _Frontier:
     """The pool of nodes and what lies in OPEN, with room for what a round may bring."""
 
     def __init__(self, puzzle: Puzzle, starts: np.ndarray, edges: bool, weight: float, batch: int) -> None:
@@ -185,27 +185,32 @@ class _Open:
             generated=np.zeros(instances, np.int64),
             evaluated=np.zeros(instances, np.int64),
         )
-        shapes = {name: ((), np.int32) for name in ("parent", "action", "owner", "edge", "child", "sibling")}
-        shapes |= {"states": ((puzzle.places,), np.uint8), "keys": ((), np.uint64), "goal": ((), np.bool_)}
-        shapes |= {"g": ((), np.float64), "priority": ((), np.float64), "q": ((puzzle.actions,), np.float32)}
-        self.columns = shapes
-        self.count, self.room = 0, 0
+        self.pool: Any = kernels.Pool(
+            states=np.empty((0, puzzle.places), np.uint8),
+            keys=np.empty(0, np.uint64),
+            g=np.empty(0, np.float64),
+            parent=np.empty(0, np.int32),
+            action=np.empty(0, np.int32),
+            owner=np.empty(0, np.int32),
+            goal=np.empty(0, np.bool_),
+            priority=np.empty(0, np.float64),
+            edge=np.empty(0, np.int32),
+            child=np.empty(0, np.int32),
+            sibling=np.empty(0, np.int32),
+            q=np.empty((0, puzzle.actions if edges else 0), np.float32),
+        )
+        self.count = 0
         self.make_room(instances)
         self.count = kernels.start(self.pool, self.slots, self.tables, starts, self.instances)
 
     def make_room(self, more: int) -> None:
         """Have room for so many more nodes; memory that was never written to costs nothing."""
-        if self.count + more <= self.room:
+        room = len(self.pool.keys)
+        if self.count + more <= room:
             return
-        self.room = max(_FIRST_NODES, 2 * self.room, self.count + more)
-        columns = {}
-        for name in self.kernels.Pool._fields:
-            shape, dtype = self.columns[name]
-            columns[name] = np.empty((0 if name == "q" and not self.edges else self.room, *shape), dtype)
-            if self.count:
-                columns[name][: self.count] = getattr(self.pool, name)[: self.count]
-        self.pool = self.kernels.Pool(**columns)
-        self.slots = np.full(1 << (2 * self.room - 1).bit_length(), -1, np.int32)
+        room = max(_FIRST_NODES, 2 * room, self.count + more)
+        self.pool = self.kernels.Pool(*(_longer(column, self.count, room) for column in self.pool))
+        self.slots = np.full(1 << (2 * room - 1).bit_length(), -1, np.int32)
         self.kernels.refill(self.pool, self.slots, self.count)
 
     def pop(self, active: np.ndarray) -> np.ndarray:
@@ -221,19 +226,14 @@ class _Open:
         """Evaluate new nodes, but for goals, and put them, or their edges, into OPEN."""
         ends = self.pool.goal[nodes]
         asked = nodes[~ends] if ends.any() else nodes
-        values = heuristic(self.pool.states[asked]) if len(asked) else None
-        if not self.edges and ends.any():
-            values, estimates = np.zeros(len(nodes)), values
-            values[~ends] = estimates
-            asked = nodes
-        if values is None:
-            return
-        if self.edges:
-            self.kernels.push_edges(
-                self.pool, self.instances, asked, values.astype(np.float32, copy=False), self.weight
-            )
-        else:
-            self.kernels.push_nodes(self.pool, self.instances, asked, values.astype(np.float64), self.weight)
+        values = heuristic(self.pool.states[asked]) if len(asked) else np.zeros(0)
+        if not self.edges:
+            h = np.zeros(len(nodes))
+            h[~ends] = values
+            self.kernels.push_nodes(self.pool, self.instances, nodes, h, self.weight)
+        elif len(asked):
+            q = values.astype(np.float32, copy=False)
+            self.kernels.push_edges(self.pool, self.instances, asked, q, self.weight)
 
     def solution(self, i: int, iterations: int, seconds: float) -> Solution:
         found, pool = self.instances, self.pool
@@ -253,3 +253,9 @@ class _Open:
             memory=kept * sum(column[:1].nbytes for column in pool),
             seconds=seconds,
         )
+
+
+def _longer(column: np.ndarray, count: int, room: int) -> np.ndarray:
+    longer = np.empty((room, *column.shape[1:]), column.dtype)
+    longer[:count] = column[:count]
+    return longer

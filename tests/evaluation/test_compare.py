@@ -237,7 +237,7 @@ def test_commands():
         "out": "o/1",
     }
     trial = Trial("dpo", "dpo", {"beta": 0.1}, training)
-    flags = ["--task", "t", "--skip-bad", "--log-to", "wandb", "--seed", "1", "--out", "o/1"]
+    flags = ["--task", "t", "--skip-bad", "--log-to", "wandb", "--stop", "--seed", "1", "--out", "o/1"]
     assert guerdon_command(trial, "train")[3:] == ["train", "dpo", "--model", "m", *flags, "--beta", "0.1"]
     assert guerdon_command(trial, "resume")[3:] == ["resume", "o/1"]
     assert guerdon_command(trial, "evaluate")[3:] == ["evaluate", "o/1"]

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_in_any_order():
+    """Every test begins with the same random numbers, whichever ran before it in its process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from guerdon.errors import ConfigError, DataError, GuerdonError
 from guerdon.feedback.records import Record
 from guerdon.rewards.verifiers import get_verifier
 
-SOURCE = '''
+SOURCE = """
 import numpy, torch
 
 def lengths(prompts, completions, **columns):
@@ -53,7 +53,7 @@ def changing(completion): return {completion: 1}
 def needs(completion, solution): return 1
 def neither(text): return 1
 number = 3
-'''
+"""
 
 
 @pytest.fixture

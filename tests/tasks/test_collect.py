@@ -107,9 +107,7 @@ def test_a_killed_collection_goes_on_to_the_same_file(
 def test_what_was_sampled_outlives_a_verifier_that_fails(
     sampler: Sampler, tiny: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "failing_rewards.py").write_text(
-        "def f(prompt, completion, answer):\n    return 1 / (answer != '3')\n"
-    )
+    (tmp_path / "failing_rewards.py").write_text("def f(prompt, completion, answer):\n    return 1 / (answer != '3')\n")
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{i} + 0 =", "answer": str(i)} for i in range(8)]
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_policies(policy: ControlPolicy, env: str, episodes: int) -> dict[int, Evaluation]:
-    """Seed -> what its policy reached in `episodes` episodes; success decides where the environment tells it.
+    """Seed -> what its policy reached in `episodes` episodes; the return decides.
 
     Episode e starts from the same state for every policy. The policies act greedily.
     """
@@ -23,10 +23,9 @@ def evaluate_policies(policy: ControlPolicy, env: str, episodes: int) -> dict[in
 
     found = {{"length": "steps"}.get(name, name): values for name, values in evaluate(policy, env, episodes).items()}
     items = [f"episode {e}" for e in range(episodes)]
-    primary = "success" if "success" in found else "return"
     settings = {"env": env, "episodes": episodes}
     return {
-        seed: Evaluation(items, {name: values[i] for name, values in found.items()}, primary, settings)
+        seed: Evaluation(items, {name: values[i] for name, values in found.items()}, "return", settings)
         for i, seed in enumerate(policy.seeds)
     }
 

@@ -84,7 +84,8 @@ def tables(comparison: Comparison) -> list[Table]:
         for cells, value in zip(details.values(), [*values, *cost_texts(row.cost)], strict=True):
             cells.append(value)
     for name, cells in details.items():
-        rest.add_row(kind_of(name).label, *cells)
+        if any(cells):  # who learns from logged data has sampled nothing
+            rest.add_row(kind_of(name).label, *cells)
     if any(not against.distinguishable for against in comparison.pairs.values()):
         scores.caption = "(?) cannot be told from the best at this budget"
     return [scores, rest]

@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from guerdon import __version__
-from guerdon.errors import ConfigError
+from guerdon.errors import ConfigError, GuerdonError
 from guerdon.evaluation.compare import Comparison, load_comparison
 from guerdon.evaluation.comparison import Row
 from guerdon.evaluation.metrics import Evaluation, aligned, kind_of, load_evaluations
@@ -425,7 +425,10 @@ def _films(label: str, directory: Path) -> list[dict[str, Any]]:
     policy = ControlPolicy.load(directory / "policy")
     if policy.env is None:
         return []
-    shown = film(policy, policy.env)
+    try:
+        shown = film(policy, policy.env)
+    except GuerdonError as error:  # the environment may be missing here
+        return [{"image": "", "told": f"{label}: no episode can be shown: {error}"}]
     told = f"{label}, seed {policy.seeds[0]}: an episode of {shown.length:,} steps with return {shown.ret:.4g}"
     return [{"image": base64.b64encode(shown.data).decode(), "told": ". ".join(filter(None, [told, shown.note]))}]
 

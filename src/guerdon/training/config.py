@@ -92,9 +92,7 @@ class ControlTraining(Training):
     """Options of the runner for control policies."""
 
     data: str | None = None  # transitions: minari:ID, or an .npz or .hdf5 file; without it a method learns in `env`
-    env: str | None = (
-        None  # Gymnasium id; with data: where the policy is judged (Minari data sets know it)
-    )
+    env: str | None = None  # Gymnasium id; with data: where the policy is judged (Minari data sets know it)
     seeds: int = 1  # trained together in one process: seed, seed + 1, ...
     corrupt: tuple[str, ...] = ()  # ELEMENT[:RATE[:RANGE]][:adversarial], of data: obs, action, reward or dynamics
     max_updates: int = 0  # with data: stop after this many updates; 0 goes on to the end

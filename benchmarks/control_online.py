@@ -34,21 +34,23 @@ SHAPES = {  # hidden layers and batch size; CleanRL's networks are fixed
     "sac 256-256": ((256, 256), 256),
 }
 SCRIPTS = {"dqn 120-84": "dqn.py", "sac 256-256": "sac_continuous_action.py"}
-BARS = {"dqn 120-84": 2.0, "dqn 64-64": 2.0, "sac 256-256": 2.0}
-BAR_SEEDS = 3.0
+BAR, BAR_SEEDS = 2.0, 3.0
 EPSILON, LR, BUFFER = 0.05, 2.5e-4, 100_000
 Build = Callable[..., Callable[[], Any]]
 
 
-def our_run(shape: str, seeds: tuple[int, ...], precision: str) -> tuple[Any, Any]:
-    """A method and its run, set up."""
+def our_run(shape: str, like: str, seeds: tuple[int, ...], precision: str) -> tuple[Any, Any]:
+    """A method and its run, set up to do what a peer does."""
     from guerdon.methods.base import get_method
     from guerdon.training.config import ControlTraining
     from guerdon.training.control import ControlRun
     from guerdon.training.distributed import Distribution
 
     kind, (hidden, batch) = shape.split()[0], SHAPES[shape]
-    own: dict[str, Any] = {"epsilon_start": EPSILON, "epsilon_end": EPSILON} if kind == "dqn" else {}
+    own: dict[str, Any] = {}
+    if kind == "dqn":
+        how = {"loss": "squared"} if like == "cleanrl" else {"max_grad_norm": 10.0}
+        own = {"epsilon_start": EPSILON, "epsilon_end": EPSILON, **how}
     method = get_method(kind)(  # type: ignore[call-arg]
         hidden=hidden, batch_size=batch, buffer_size=BUFFER, learning_starts=STEPS[kind], lr=LR, **own
     )
@@ -66,8 +68,8 @@ def our_run(shape: str, seeds: tuple[int, ...], precision: str) -> tuple[Any, An
     return method, run
 
 
-def ours(shape: str, seeds: tuple[int, ...] = (0,), precision: str = "fp32") -> Callable[[], None]:
-    method, run = our_run(shape, seeds, precision)
+def ours(shape: str, like: str, seeds: tuple[int, ...] = (0,), precision: str = "fp32") -> Callable[[], None]:
+    method, run = our_run(shape, like, seeds, precision)
     steps = method.learn(run)
 
     def step() -> None:
@@ -78,7 +80,7 @@ def ours(shape: str, seeds: tuple[int, ...] = (0,), precision: str = "fp32") -> 
 
 
 def one_after_another(shape: str, precision: str) -> Callable[[], None]:
-    runs = [ours(shape, (seed,), precision) for seed in range(SEEDS)]
+    runs = [ours(shape, "sb3", (seed,), precision) for seed in range(SEEDS)]
 
     def step() -> None:
         for run in runs:
@@ -190,7 +192,7 @@ def agreement(shape: str, updates: int = 3) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    method, run = our_run(shape, (0,), "fp32")
+    method, run = our_run(shape, "sb3", (0,), "fp32")
     model, kind = sb3_model(shape, fused=False), shape.split()[0]
     rng, spec = np.random.default_rng(0), run.spec
     for _ in range(1000):
@@ -274,23 +276,25 @@ def main() -> None:
     how = {"threads": options.threads, "repeats": options.repeats}
     found: dict[str, Any] = {}
     for shape in options.shapes:
-        count = STEPS[shape.split()[0]]
-        equality = agreement(shape)
-        peers: dict[str, tuple[Any, ...]] = {"sb3": (sb3, shape, False), "sb3 fused": (sb3, shape, True)}
+        kind, equality = shape.split()[0], agreement(shape)
+        libraries = {"sb3": {"sb3": (sb3, shape, False), "sb3 fused": (sb3, shape, True)}}
         if shape in SCRIPTS:
-            peers["cleanrl"] = (cleanrl, options.cleanrl, shape)
-        rows = {shape: (common.compare((ours, shape), peers, BARS[shape], **how), count)}
-        if shape.startswith("sac"):
-            half = ours, shape, (0,), "bf16"
-            rows[f"{shape} bf16"] = common.compare(half, peers, BARS[shape], **how), count
-        together = ours, shape, tuple(range(SEEDS))
+            libraries["cleanrl"] = {"cleanrl": (cleanrl, options.cleanrl, shape)}
+        for precision in ("fp32", "bf16") if kind == "sac" else ("fp32",):
+            for library, peers in libraries.items():
+                side = ours, shape, library, (0,), precision
+                found[f"{shape} {precision}, {library}"] = common.compare(side, peers, BAR, **how)
+        together = ours, shape, "sb3", tuple(range(SEEDS))
+        bar = BAR_SEEDS if kind == "dqn" else 1.0
         apart = {"one after another": (one_after_another, shape, "fp32")}
-        bar = BAR_SEEDS if shape.startswith("dqn") else 1.0
-        rows[f"{shape}, {SEEDS} seeds"] = common.compare(together, apart, bar, **how), count * SEEDS
-        for name, (row, steps) in rows.items():
-            row["steps_per_s"] = {side: steps / taken[row["clock"]]["median"] for side, taken in row["steps"].items()}
+        found[many := f"{shape}, {SEEDS} seeds"] = common.compare(together, apart, bar, **how)
+        for name, row in found.items():
+            if not name.startswith(shape):
+                continue
+            count = STEPS[kind] * (SEEDS if name == many else 1)
+            row["steps_per_s"] = {side: count / taken[row["clock"]]["median"] for side, taken in row["steps"].items()}
+            row["equality"] = equality
             common.show(name, row)
-            found[name] = {**row, "equality": equality}
     common.save("control_online", options.threads, found)
 
 

@@ -78,8 +78,10 @@ class Adam:
         """Move the parameters by their gradients, which stay as they are but for the clipping."""
         parameters, gradients = [p.detach() for p in self.parameters], self._gradients()
         if self.max_grad_norm:
-            scale = (self.max_grad_norm / (self.gradient_norms() + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, [scale.view(-1, *[1] * (g.ndim - 1)) for g in gradients])
+            norms = self.gradient_norms()
+            if norms.is_cuda or (norms > self.max_grad_norm).any():
+                scale = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_(gradients, [scale.view(-1, *[1] * (g.ndim - 1)) for g in gradients])
         self.steps += 1
         fused = torch._fused_adamw_ if self.weight_decay else torch._fused_adam_
         fused(

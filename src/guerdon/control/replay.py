@@ -439,6 +439,10 @@ class Replay:
         return torch.cat([obs.narrow(axis, newest.shape[axis], obs.shape[axis] - newest.shape[axis]), newest], axis)
 
     def _gather(self, index: Tensor) -> Batch:
+        if self._n_step == 1 and "next_obs" in self._data:  # most batches are of these, and small: rows are found once
+            names = ["obs", "action", "reward", "next_obs", "terminated", "truncated"]
+            taken = dict(zip(names, self._take_all(names, index), strict=True))
+            return Batch(**taken, steps=torch.ones_like(index), index=index)
         obs, action = self._observed(index), self._take("action", index)
         last, before, steps = index, obs, torch.ones_like(index)
         if self._n_step == 1:

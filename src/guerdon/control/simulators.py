@@ -33,7 +33,8 @@ def make(id: str, *, frame_stack: int | None = None, **kwargs: Any) -> gymnasium
     rewards are as they are.
 
     Args:
-        id: what `gymnasium.make` knows, `module:ID` too; `ALE/`, `MiniGrid-`, `BabyAI-` and `MinAtar/` need no import.
+        id: what `gymnasium.make` knows, `module:ID` too, and `puzzle:NAME`; `ALE/`, `MiniGrid-`, `BabyAI-`
+            and `MinAtar/` need no import.
         frame_stack: so many observations together, the newest last; at a reset the first one stands for all.
         kwargs: passed to the environment, such as `render_mode="rgb_array"`.
 
@@ -51,7 +52,14 @@ def make_noted(id: str, frame_stack: int | None, kwargs: Mapping[str, Any]) -> t
 
     _register(id)
     try:
-        env = _atari(id, **kwargs) if id.startswith("ALE/") else gymnasium.make(id, disable_env_checker=True, **kwargs)
+        if id.startswith("puzzle:"):
+            from guerdon.control.puzzles.environment import PuzzleEnv
+
+            env: gymnasium.Env = PuzzleEnv(id.removeprefix("puzzle:"), **kwargs)
+        elif id.startswith("ALE/"):
+            env = _atari(id, **kwargs)
+        else:
+            env = gymnasium.make(id, disable_env_checker=True, **kwargs)
     except gymnasium.error.DeprecatedEnv as error:
         raise ConfigError(f"{id}: {error}") from error
     except gymnasium.error.UnregisteredEnv as error:

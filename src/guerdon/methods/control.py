@@ -6,7 +6,8 @@ what a batch holds, and what its metrics are, has one entry per seed. The loops 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -33,6 +34,17 @@ def td_target(batch: Batch, next_value: torch.Tensor, gamma: float) -> torch.Ten
         next_value: (S, B) V(s').
     """
     return torch.addcmul(batch.reward, gamma**batch.steps * ~batch.terminated, next_value)
+
+
+def no_grad(update: Callable[..., Metrics]) -> Callable[..., Metrics]:
+    """`torch.no_grad` for an update that has its gradients in closed form, without importing torch for it."""
+
+    @functools.wraps(update)
+    def without(*args: Any) -> Metrics:
+        with torch.no_grad():
+            return update(*args)
+
+    return without
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 from guerdon.fields import check_range
 from guerdon.lazy import torch
 from guerdon.methods.base import Metrics, method
-from guerdon.methods.control import ReplayControl, td_target
+from guerdon.methods.control import ReplayControl, no_grad, td_target
 
 if TYPE_CHECKING:
     from guerdon.control.environments import Step
@@ -72,7 +72,7 @@ class DQN(ReplayControl):
     train_every: int = 1  # environment steps between updates
     lr: float = 2.5e-4  # learning rate of Adam
     loss: Literal["huber", "squared"] = "huber"  # of the error of Q
-    max_grad_norm: float = 10.0  # each seed's gradient is clipped to this norm; 0 does not clip
+    max_grad_norm: float = 0.0  # each seed's gradient is clipped to this norm; 0 does not clip
     double: bool = False  # the online network chooses the action whose target value is taken
     dueling: bool = False  # Q = V + A - mean A
     n_step: int = 1  # rewards that are summed before the target network takes over
@@ -93,7 +93,7 @@ class DQN(ReplayControl):
         check_range(vars(self), "epsilon_start", "epsilon_end", "epsilon_decay", high=1)
 
     def setup(self, run: ControlRun) -> None:
-        from guerdon.control.networks import GreedyQ
+        from guerdon.control.networks import GreedyQ, in_numpy
         from guerdon.control.optim import Adam
 
         how: dict[str, Any] = {"dueling": self.dueling, "precision": run.precision}
@@ -101,6 +101,7 @@ class DQN(ReplayControl):
         self.target = run.add("target", copy.deepcopy(self.q).requires_grad_(False))
         adam = Adam(self.q.parameters(), self.lr, max_grad_norm=self.max_grad_norm)
         self.optimizer = run.add("optimizer", adam)
+        self.values = in_numpy(self.q)
         run.act_with(self.q)
         self.remember(run, n_step=self.n_step, gamma=self.gamma, priority=self.priority or None)
 
@@ -112,7 +113,7 @@ class DQN(ReplayControl):
         actions = (drawn[..., 1].astype(np.float64) * run.spec.actions).astype(
             np.int64
         )  # in float32 1 might be reached
-        return actions if explores.all() else np.where(explores, actions, run.policy.act(obs))
+        return actions if explores.all() else np.where(explores, actions, self.values(obs).argmax(-1))
 
     def draw(self, run: ControlRun) -> Batch:
         return self.replay.sample(self.batch_size, self.beta + (1 - self.beta) * self.done(run))
@@ -127,7 +128,7 @@ class DQN(ReplayControl):
             ema_(self.target, self.q, self.target_rate)
         return metrics
 
-    @torch.no_grad()
+    @no_grad
     def update(self, batch: Batch) -> Metrics:
         from guerdon.control.networks import Pass
 

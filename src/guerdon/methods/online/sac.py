@@ -12,7 +12,7 @@ import numpy as np
 from guerdon.fields import check_range
 from guerdon.lazy import torch
 from guerdon.methods.base import Metrics, method
-from guerdon.methods.control import ReplayControl, td_target
+from guerdon.methods.control import ReplayControl, no_grad, td_target
 
 if TYPE_CHECKING:
     from guerdon.control.replay import Batch
@@ -132,7 +132,7 @@ class SAC(ReplayControl):
         low, high = np.array(run.spec.low, np.float32), np.array(run.spec.high, np.float32)
         return low + (high - low) * run.streams.uniform("start", *obs.shape[1:2], run.spec.actions).cpu().numpy()
 
-    @torch.no_grad()
+    @no_grad
     def update(self, batch: Batch) -> Metrics:
         from guerdon.control.networks import Pass, ema_
 

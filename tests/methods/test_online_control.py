@@ -445,7 +445,7 @@ def test_training_from_the_top(tmp_path):
     out = guerdon.train(
         "dqn", env="CartPole-v1", max_samples=2500, seeds=2, learning_starts=500, out=str(tmp_path / "a")
     )
-    last = list(out.metrics())[-1]
+    last = out.metrics()[-1]
     assert last["eval/return"] > 100  # 20 at random
     policy = guerdon.load_policy(tmp_path / "a")
     assert policy.act(np.zeros((2, 1, 4), np.float32)).shape == (2, 1)
@@ -455,7 +455,7 @@ def test_training_from_the_top(tmp_path):
 def test_ppo_balances_the_pole(tmp_path):
     how = {"max_samples": 16_384, "rollout": 1024, "copies": 2}
     out = guerdon.train("ppo-control", env="CartPole-v1", out=str(tmp_path / "a"), **how)
-    last = list(out.metrics())[-1]
+    last = out.metrics()[-1]
     assert last["eval/return"] > 300
 
 

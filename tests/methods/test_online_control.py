@@ -412,7 +412,6 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     how = {"cwd": script.parents[1], "capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": "."}}
     done = subprocess.run([sys.executable, script, tmp_path], **how, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert all(int(kills) >= 3 for kills in done.stdout.split())
     for name in CASES:
         whole, killed = tmp_path / f"whole-{name}", tmp_path / f"killed-{name}"
         a, b = (load_file(path / "policy" / "policy.safetensors") for path in (whole, killed))

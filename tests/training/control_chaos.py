@@ -1,16 +1,8 @@
-"""`python control_chaos.py KIND DIRECTORY`: train control policies in processes that are killed until one ends.
-
-Prints how often it killed, and how often there was a checkpoint to go on from.
-"""
+"""`python control_chaos.py KIND DIRECTORY`: train control policies in processes that are killed until one ends."""
 
 from __future__ import annotations
 
-import os
-import random
-import signal
 import sys
-import time
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +10,7 @@ import torch
 
 import guerdon
 from guerdon.training.rundir import RunDir
+from lives import kill_until_done
 
 SMALL = {"hidden": (8, 8), "batch_size": 16, "eval_episodes": 2, "seeds": 2, "seed": 3}
 KINDS = {
@@ -62,29 +55,7 @@ def main(kind: str, path: Path) -> None:
     write_data(path.with_name("pendulum.npz"))
     budget = {"max_samples": 60} if kind == "online" else {"max_updates": 2}
     train(kind, path.with_name("warm"), **budget)
-    moments = random.Random(7)
-    kills, restored, span = 0, 0, 0.3
-    while True:
-        child = os.fork()
-        if child == 0:
-            try:
-                train(kind, path)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        time.sleep(moments.uniform(0.0, span))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        if code == 0:
-            break
-        if code != -signal.SIGKILL:
-            raise SystemExit(f"a life ended by itself with {code}")
-        kills += 1
-        restored += RunDir(path).latest_checkpoint() is not None
-        span *= 1.15
-    print(kills, restored)
+    kill_until_done(lambda path: train(kind, path), path)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def agreement(kind: str, env_id: str, steps: int) -> dict[str, Any]:
 
     from guerdon.control.ingredients import ActorCriticIngredients, ValueIngredients
     from guerdon.control.simulators import spec_of
-    from guerdon.control.streaming import KernelLearner
+    from guerdon.control.streaming.learners import KernelLearner
     from guerdon.control.streams import Streams
 
     class Recorded(gymnasium.Wrapper):

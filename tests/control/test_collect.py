@@ -132,9 +132,12 @@ def test_a_minari_id_and_images():
     ("options", "message"),
     [
         ({"policies": ["nothing"]}, "there is no policy 'nothing'"),
-        ({"policies": ["python:scripted.nothing"]}, r"python:scripted\.nothing cannot be imported"),
+        (
+            {"policies": ["python:scripted.nothing"]},
+            r"python:scripted\.nothing: .*scripted\.py has no function 'nothing'",
+        ),
         ({"policies": ["python:no_such_module.act"]}, "no_such_module"),
-        ({"policies": ["python:act"]}, "python:act cannot be imported"),
+        ({"policies": ["python:act"]}, "'python:act' has to be python:module.function"),
         ({"noises": [1.5]}, r"noise is 1\.5"),
         ({"policies": ["random"] * 3, "noises": [0.1, 0.2]}, "3 policies and 2 values of noise"),
         ({"env": "CartPole-v7"}, "CartPole-v"),

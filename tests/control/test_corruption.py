@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guerdon.control.corruption import ELEMENTS, Corruption, corrupt
-from guerdon.control.datasets import Chained, Transitions
 from guerdon.control.spaces import Spec
+from guerdon.control.transitions import Chained, Transitions
 from guerdon.errors import ConfigError
 
 N = 4000
@@ -234,8 +234,8 @@ def test_images_stay_images_and_next_ones_stay_clean():
     ("texts", "given", "discrete", "message"),
     [
         (["obs", "observations:0.1"], {}, False, "'observations' is corrupted twice"),
-        (["obs:adversarial"], {}, False, "give the critic that it is to attack"),
-        (["dynamics:adversarial"], {"critic": critic}, False, "give that actor too"),
+        (["obs:adversarial"], {}, False, "name its run as corrupt_against"),
+        (["dynamics:adversarial"], {"critic": critic}, False, "no actor is given"),
         (["action:adversarial"], ATTACK, True, "follows gradients over actions, and these are discrete"),
     ],
 )

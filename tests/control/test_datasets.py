@@ -14,20 +14,11 @@ import numpy as np
 import pytest
 from minari.data_collector.episode_buffer import EpisodeBuffer
 
-from guerdon.control.datasets import (
-    Chained,
-    Episode,
-    Normalizer,
-    Transitions,
-    blocks,
-    is_control_source,
-    moments,
-    not_finite,
-    read_transitions,
-    unchained,
-    write_minari,
-)
+from guerdon.control.datasets import is_control_source, read_transitions
+from guerdon.control.flat_files import unchained
+from guerdon.control.minari_files import Episode, write_minari
 from guerdon.control.spaces import Spec
+from guerdon.control.transitions import Chained, Normalizer, Transitions, blocks, moments, not_finite
 from guerdon.errors import ConfigError, DataError
 
 
@@ -556,7 +547,7 @@ def test_normalizer(tmp_path: Path):
 
 
 def test_moments_in_blocks_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("guerdon.control.datasets._BLOCK", 10)
+    monkeypatch.setattr("guerdon.control.transitions._BLOCK", 10)
     x, y = np.random.default_rng(0).normal(5, 2, (2, 17, 3)).astype(np.float32)
     assert len(blocks(x)) == 6
     mean, std = moments(x, y[:4])

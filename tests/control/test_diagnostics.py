@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from guerdon.control.corruption import Corruption, corrupt
-from guerdon.control.datasets import Chained, Transitions
 from guerdon.control.diagnostics import coverage, inspect_transitions, render
 from guerdon.control.spaces import Spec
+from guerdon.control.transitions import Chained, Transitions
 
 
 def transitions(lengths: tuple[int, ...] = (50, 40, 60, 30, 45), discrete: bool = False, seed: int = 0) -> Transitions:

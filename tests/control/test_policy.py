@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from guerdon.control.networks import CategoricalActor, GaussianActor, initialise
+from guerdon.control.networks import CategoricalActor, GaussianActor, QEnsemble, initialise
 from guerdon.control.policy import ControlPolicy
 from guerdon.control.spaces import Spec
 from guerdon.control.streams import Streams
-from guerdon.errors import DataError
+from guerdon.errors import ConfigError, DataError
 
 BODY = Spec((4,), False, False, 2, (-1.0, -2.0), (1.0, 2.0))
 PLANES = Spec((3, 10, 10), True, True, 5, (), ())
@@ -86,3 +86,24 @@ def test_what_cannot_be_read_says_why(tmp_path):
     (tmp_path / "policy.safetensors").write_bytes(b"short")
     with pytest.raises(DataError, match="SafetensorError"):
         ControlPolicy.load(tmp_path)
+
+
+def test_its_critic_comes_along_and_values_raw_observations(tmp_path):
+    scales = scaling(3)
+    critic = QEnsemble(3, BODY, (8,), 4)
+    initialise(critic, [7, 8, 9])
+    mine = policy(scales)
+    mine.critic = critic
+    mine.save(tmp_path / "policy")
+    values, acts = ControlPolicy.load(tmp_path / "policy").attacked()
+    obs, action = torch.randn(5, 4), torch.randn(5, 2)
+    normal = (obs.numpy() - scales.mean[:, None]) / scales.std[:, None]
+    expected = critic(torch.from_numpy(normal), action.expand(3, 5, 2))[0]
+    torch.testing.assert_close(values(obs, action), expected)
+    assert values(obs, action).shape == (4, 5)
+    np.testing.assert_allclose(acts(obs).numpy(), mine.act(np.broadcast_to(obs.numpy(), (3, 5, 4)))[0], rtol=1e-5)
+    seen = obs.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(values(seen, acts(seen)).sum(), seen)
+    assert gradient.abs().min() > 0
+    with pytest.raises(ConfigError, match="has no critic"):
+        policy().attacked()

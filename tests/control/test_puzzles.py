@@ -77,6 +77,20 @@ def test_orders_of_sequences_of_the_cube(moves, order):
     assert repeats == order
 
 
+def test_moves_have_the_names_that_people_use():
+    cube = make_puzzle("cube3")
+    assert cube.names == ("R'", "R", "L'", "L", "U'", "U", "D'", "D", "F'", "F", "B'", "B")
+    turned = cube.next(cube.goal[None], np.array([cube.names.index("R")]))[0]
+    assert turned[18:27].tolist() == [2] * 6 + [4] * 3  # clockwise, the right column of the front comes up
+    sliding = make_puzzle("puzzle8?meta=2")
+    moved = sliding.next(sliding.goal[None], np.array([sliding.names.index("up")]))[0]
+    assert moved.tolist() == [1, 2, 3, 4, 5, 0, 7, 8, 6]
+    assert make_puzzle("pancake4").names == ("2", "3", "4")
+    lamps = make_puzzle("lightsout3")
+    pressed = lamps.next(lamps.goal[None], np.array([lamps.names.index("1,3")]))[0]
+    assert pressed.tolist() == [0, 1, 1, 0, 0, 1, 0, 0, 0]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_next_expand_and_the_device_agree(name):
     puzzle, states = make_puzzle(name), mixed(name)

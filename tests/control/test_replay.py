@@ -8,11 +8,11 @@ import pytest
 import torch
 from scipy import stats
 
-from guerdon.control.datasets import Chained, Transitions
 from guerdon.control.priorities import SumTree
 from guerdon.control.replay import Hindsight, Replay
 from guerdon.control.spaces import Spec
 from guerdon.control.streams import Streams
+from guerdon.control.transitions import Chained, Transitions
 from guerdon.errors import ConfigError, DataError
 
 VECTOR = Spec((2,), False, False, 1, (-1.0,), (1.0,))

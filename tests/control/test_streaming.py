@@ -7,24 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from guerdon.control import streaming
 from guerdon.control.ingredients import ActorCriticIngredients, Ingredients, ValueIngredients
 from guerdon.control.spaces import Spec
-from guerdon.control.streaming import (
-    KernelLearner,
-    ObGD,
-    ObservationNormalizer,
-    RewardScaler,
-    Senses,
-    StreamActor,
-    TorchLearner,
-    TraceAdam,
-    ValueAgent,
-    build_learner,
-    build_network,
-    paper_hidden,
-    sparse_init_,
-)
+from guerdon.control.streaming.agents import StreamActor, ValueAgent
+from guerdon.control.streaming.learners import KernelLearner, TorchLearner, build_learner
+from guerdon.control.streaming.networks import build_network, paper_hidden, sparse_init_
+from guerdon.control.streaming.optimizers import AdaptiveObGD, ObGD, TraceAdam
+from guerdon.control.streaming.senses import ObservationNormalizer, RewardScaler, Senses
 from guerdon.control.streams import Streams
 from guerdon.errors import ConfigError
 from guerdon.training.control import load_state, save_state
@@ -154,7 +143,7 @@ def test_learning_goes_on_bit_for_bit_from_a_saved_state(cls, kind, spec, tmp_pa
 def test_without_numba_the_reference_learns(monkeypatch):
     chosen = ("q", ingredients("q"), DISCRETE, Streams([0]))
     assert isinstance(build_learner(*chosen), KernelLearner)
-    monkeypatch.setattr(streaming, "find_spec", lambda name: None)
+    monkeypatch.setattr("guerdon.control.streaming.learners.find_spec", lambda name: None)
     assert isinstance(build_learner(*chosen), TorchLearner)
 
 
@@ -242,7 +231,7 @@ def test_adam_without_a_trace_is_torchs():
 
 def test_adaptive_steps_are_bounded_in_their_own_metric():
     p = nn.Parameter(torch.zeros(3))
-    optimizer = streaming.AdaptiveObGD([p], lr=1.0, kappa=2.0)
+    optimizer = AdaptiveObGD([p], lr=1.0, kappa=2.0)
     p.grad = torch.tensor([1.0, -2.0, 0.5])
     optimizer.step(3.0)  # v = (3 e)^2, so that e / sqrt(v) is +-1/3
     assert optimizer.bound == pytest.approx(2 * 3 * 1.0)

@@ -34,7 +34,7 @@ def toy_launch(trial: Trial, stage: Stage) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(base, "_REGISTRY", base.all_methods())
     monkeypatch.setenv("PYTHONPATH", str(Path(guerdon.__file__).parents[1]))
     register_toys()
 

@@ -9,15 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from guerdon.control import kernels
 from guerdon.control.ingredients import ActorCriticIngredients, Ingredients
-from guerdon.control.streaming import (
-    ActorCriticAgent,
-    ObGD,
-    ObservationNormalizer,
-    ValueAgent,
-    sparse_init_,
-)
+from guerdon.control.streaming import kernels
+from guerdon.control.streaming.agents import ActorCriticAgent, ValueAgent
+from guerdon.control.streaming.networks import sparse_init_
+from guerdon.control.streaming.optimizers import ObGD
+from guerdon.control.streaming.senses import ObservationNormalizer
 
 E = (1.0, -2.0, 0.5)
 

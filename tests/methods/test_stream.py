@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from guerdon.control import streaming
 from guerdon.control.policy import ControlPolicy
+from guerdon.control.streaming import learners
 from guerdon.errors import ConfigError
 from guerdon.methods.base import get_method
 from guerdon.training.config import ControlTraining
@@ -95,22 +95,22 @@ def test_an_environment_that_cannot_be_restored_begins_anew(tmp_path, monkeypatc
         assert len(begun) == (0 if restorable else 1)
 
 
-@pytest.mark.parametrize("cls", [streaming.TorchLearner, streaming.KernelLearner])
+@pytest.mark.parametrize("cls", [learners.TorchLearner, learners.KernelLearner])
 def test_beginning_anew_forgets_the_traces(tmp_path, cls, monkeypatch):
-    monkeypatch.setattr(streaming, "find_spec", lambda name: cls is streaming.KernelLearner or None)
+    monkeypatch.setattr(learners, "find_spec", lambda name: cls is learners.KernelLearner or None)
     method, run = started(tmp_path, seeds=1)
     next(method.learn(run))
     learner = method.learner
     assert isinstance(learner, cls)
     learner.begin(run.envs.obs[:, 0])
-    if cls is streaming.KernelLearner:
+    if cls is learners.KernelLearner:
         assert not learner.nets["value"].rows[:, 1].any()
     else:
         assert not any(state["trace"].any() for state in learner.agents[0].optimizer.state.values())
 
 
 def test_without_numba_the_run_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "find_spec", lambda name: None)
+    monkeypatch.setattr(learners, "find_spec", lambda name: None)
     method, run = started(tmp_path, steps=20)
     assert any("numba is not installed" in note for note in run.notes)
     learned(method, run)

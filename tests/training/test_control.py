@@ -17,6 +17,7 @@ import guerdon
 from guerdon.control.environments import Environments
 from guerdon.control.policy import ControlPolicy
 from guerdon.control.replay import Batch
+from guerdon.control.transitions import Transitions
 from guerdon.errors import ConfigError, DataError, GuerdonError
 from guerdon.methods.base import check_options, get_method
 from guerdon.methods.offline.bc import BC
@@ -352,3 +353,28 @@ def test_online_methods_run_on_grids_and_images(tmp_path, monkeypatch, env, pack
     assert run.cursor.samples == 200
     assert run.policy.act(run.envs.obs).shape == (2, 1)
     assert ("policies do not see the text 'mission'" in " ".join(run.notes)) == (package == "minigrid")
+
+
+def test_adversarial_damage_lowers_what_a_run_took_its_data_to_be_worth(noise, tmp_path):
+    options = {"data": noise, "env": "Pendulum-v1", "hidden": (8,), "max_updates": 30, "eval_episodes": 1}
+    attacked = guerdon.train("td3-bc", **options, out=str(tmp_path / "attacked")).path
+    values, acts = ControlPolicy.load(attacked / "policy").attacked()
+
+    def worth(data: Transitions) -> tuple[float, float]:
+        seen, following, chosen = map(torch.as_tensor, (data.observations, data.next_observations, data.actions))
+        with torch.no_grad():
+            return float(values(seen, chosen).mean()), float(values(following, acts(following)).mean())
+
+    damaged = [
+        material(ControlTraining(data=noise, env="Pendulum-v1", corrupt=corrupt, corrupt_against=against))[0]
+        for corrupt, against in (
+            ((), None),
+            (("obs:1", "dynamics:1"), None),
+            (("obs:1:1:adversarial", "dynamics:1:1:adversarial"), str(attacked)),
+        )
+    ]
+    clean, random, adversarial = map(worth, damaged)
+    assert all(a < min(c, r) - 0.05 * abs(c) for a, c, r in zip(adversarial, clean, random, strict=True))
+    with pytest.raises(ConfigError, match="has no critic"):
+        imitated = guerdon.train("bc", **options, out=str(tmp_path / "bc")).path
+        material(ControlTraining(data=noise, corrupt=("obs:1:1:adversarial",), corrupt_against=str(imitated)))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from guerdon.control.datasets import Episode, write_minari
+from guerdon.control.minari_files import Episode, write_minari
 from guerdon.control.policy import ControlPolicy
 from guerdon.control.spaces import Spec
 from guerdon.control.streams import generator_of
 from guerdon.errors import ConfigError
+from guerdon.plugins import import_function
 
 Act = Callable[[np.ndarray], Any]  # an observation (*obs) to an action
 
@@ -89,7 +88,7 @@ def _actors(name: str, spec: Spec) -> list[Act | None]:
     if name == "random":
         return [None]
     if name.startswith("python:"):
-        return [_script(name)]
+        return [import_function(name.removeprefix("python:"))]
     directory = next(filter(ControlPolicy.is_at, (Path(name) / "policy", Path(name))), None)
     if directory is None:
         raise ConfigError(
@@ -109,18 +108,6 @@ def _actors(name: str, spec: Spec) -> list[Act | None]:
         return lambda obs: one.act(obs[None, None])[0, 0]
 
     return [of(policy.take(i)) for i in range(len(policy.seeds))]
-
-
-def _script(name: str) -> Act:
-    import importlib
-
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    module, _, function = name.removeprefix("python:").rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"collect: {name} cannot be imported: {error}") from error
 
 
 def _play(env: Any, spec: Spec, act: Act | None, noise: float, rng: np.random.Generator) -> Episode:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from guerdon.control.datasets import Chained, Transitions, moments
+from guerdon.control.transitions import Chained, Transitions, moments
 from guerdon.errors import ConfigError, near
 from guerdon.fields import check_range
 from guerdon.lazy import torch
@@ -151,9 +151,9 @@ def _check(corruption: Corruption, transitions: Transitions, critic: Critic | No
     if transitions.spec.discrete:
         raise ConfigError(f"{corruption}: this attack follows gradients over actions, and these are discrete.")
     if critic is None:
-        raise ConfigError(f"{corruption}: the attack lowers a critic's values; give the critic that it is to attack.")
+        raise ConfigError(f"{corruption}: the attack lowers a critic's values: name its run as corrupt_against.")
     if corruption.element == "next_observations" and actor is None:
-        raise ConfigError(f"{corruption}: the attack values what an actor would do next; give that actor too.")
+        raise ConfigError(f"{corruption}: the attack values what an actor would do next, and no actor is given.")
 
 
 def _corrupted(

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from guerdon.control.datasets import Transitions, blocks, not_finite, read_transitions, unchained
+from guerdon.control.datasets import read_transitions
+from guerdon.control.flat_files import unchained
+from guerdon.control.transitions import Transitions, blocks, not_finite
 from guerdon.feedback.diagnostics import Finding, found
 from guerdon.feedback.inspect import LEVELS, findings_table
 

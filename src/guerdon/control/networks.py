@@ -560,6 +560,12 @@ class QEnsemble(_Network):
         self, seeds: int, spec: Spec, hidden: Sequence[int] = (256, 256), members: int = 2, **options: Any
     ) -> None:
         super().__init__(seeds, spec, 1, hidden, members, beside=spec.actions, **options)
+        self.options |= {"members": members}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Plain data from which it is made again, without its parameters."""
+        return {"seeds": self.seeds, **self.options}
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """Observations (S, B, *obs) and actions (S, B, A) to values (S, K, B)."""
@@ -834,7 +840,7 @@ _ACTORS: dict[str, type[Actor]] = {
     cls.kind: cls for cls in (DeterministicActor, GaussianActor, CategoricalActor, GreedyQ)
 }
 _ELSEWHERE = {  # modules that import this one
-    "stream": ("guerdon.control.streaming", "StreamActor"),
+    "stream": ("guerdon.control.streaming.agents", "StreamActor"),
     "cost-to-go": ("guerdon.control.puzzles.networks", "CostToGo"),
 }
 

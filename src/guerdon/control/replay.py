@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
-from guerdon.control.datasets import Chained, Transitions
 from guerdon.control.priorities import SumTree
 from guerdon.control.spaces import Spec
 from guerdon.control.streams import Streams
+from guerdon.control.transitions import Chained, Transitions
 from guerdon.errors import ConfigError, DataError
 from guerdon.lazy import torch
 

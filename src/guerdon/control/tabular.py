@@ -7,8 +7,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from guerdon.control.datasets import Transitions
 from guerdon.control.spaces import Spec
+from guerdon.control.transitions import Transitions
 from guerdon.errors import ConfigError
 from guerdon.exact.mdp import TabularMDP
 from guerdon.exact.samples import Samples

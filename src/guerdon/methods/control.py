@@ -20,7 +20,7 @@ from guerdon.methods.base import Method, Metrics, all_methods
 from guerdon.training.config import ControlTraining, Training
 
 if TYPE_CHECKING:
-    from guerdon.control.datasets import Normalizer
+    from guerdon.control.transitions import Normalizer
     from guerdon.control.environments import Step
     from guerdon.control.replay import Batch
     from guerdon.control.spaces import Spec
@@ -90,7 +90,7 @@ class OfflineControl(ControlMethod):
 
     def normalizer(self, run: ControlRun) -> Normalizer | None:
         """What scales the observations of data and policy."""
-        from guerdon.control.datasets import Normalizer
+        from guerdon.control.transitions import Normalizer
 
         assert run.data is not None
         return Normalizer.fit(run.data) if self.normalize else None
@@ -108,7 +108,7 @@ class OfflineControl(ControlMethod):
         """Set what changes over a run of `total` updates, as learning rates do; not a part of what is compiled."""
 
     def learn(self, run: ControlRun) -> Iterator[Metrics]:
-        from guerdon.control.datasets import Normalizer
+        from guerdon.control.transitions import Normalizer
         from guerdon.control.replay import Replay
         from guerdon.training.control import Means
 

@@ -19,11 +19,11 @@ from guerdon.training.config import ControlTraining
 from guerdon.training.distributed import Distribution
 
 if TYPE_CHECKING:
-    from guerdon.control.datasets import Transitions
     from guerdon.control.environments import Environments
     from guerdon.control.networks import How
     from guerdon.control.policy import ControlPolicy, Scaling
     from guerdon.control.spaces import Spec
+    from guerdon.control.transitions import Transitions
     from guerdon.methods.control import ControlMethod
 
 Metrics = Mapping[str, Any]
@@ -119,11 +119,11 @@ class ControlRun:
         initialise(network, self.seeds, how, head_gain=head_gain, name=name)
         return self.add(name, network.to(self.device))
 
-    def act_with(self, actor: Any, normalizer: Scaling | None = None) -> None:
-        """Make `actor` the policy of the run."""
+    def act_with(self, actor: Any, normalizer: Scaling | None = None, critic: Any = None) -> None:
+        """Make `actor` the policy of the run, saved with the `critic` that judges it where that is a `QEnsemble`."""
         from guerdon.control.policy import ControlPolicy
 
-        self.policy = ControlPolicy(actor, self.spec, normalizer, self.env, self.seeds)
+        self.policy = ControlPolicy(actor, self.spec, normalizer, self.env, self.seeds, critic)
 
     def compiled(self, update: Callable[..., Any]) -> Callable[..., Any]:
         """`update`, compiled where the run is told to."""
@@ -244,9 +244,23 @@ def material(
         data = data.recorded_in(env, _spec(env))
     masks: dict[str, np.ndarray] = {}
     if corruptions:
-        data, masks = corrupt(data, corruptions, seed=0)  # the same damage for all methods and seeds
+        attacked = _attacked(config.corrupt_against, data) if config.corrupt_against else (None, None)
+        data, masks = corrupt(data, corruptions, 0, *attacked)  # the same damage for all methods and seeds
         notes += [f"{element}: {int(mask.sum()):,} of {len(mask):,} rows damaged" for element, mask in masks.items()]
     return data, masks, env, notes
+
+
+def _attacked(run: str, data: Transitions) -> tuple[Any, Any]:
+    """The critic and the actor in a run that learned in the world of `data`."""
+    from guerdon.control.policy import ControlPolicy
+
+    policy = ControlPolicy.load(Path(run) / "policy")
+    if (policy.spec.observation, policy.spec.actions) != (data.spec.observation, data.spec.actions):
+        raise ConfigError(f"corrupt_against: {run} sees or does other things than {data.source}.")
+    try:
+        return policy.attacked()
+    except ConfigError as error:
+        raise ConfigError(f"corrupt_against: {run} cannot be attacked: {error}") from None
 
 
 def check_material(config: ControlTraining, methods: Sequence[Any]) -> None:

@@ -65,9 +65,10 @@ def _cube(n: int) -> Puzzle:
         if sum(p * f for p, f in zip(position, face, strict=True)) == n - 1
     ]
     number = {sticker: i for i, sticker in enumerate(stickers)}
-    moves = []
-    for face in faces if n == 3 else faces[::2]:
-        for turn in (1, -1):
+    moves, names = [], []
+    for face, letter in list(zip(faces, "RLUDFB", strict=True))[:: 1 if n == 3 else 2]:
+        for turn, prime in ((1, "'"), (-1, "")):  # seen from outside a turn by the right hand is anticlockwise
+            names.append(letter + prime)
             move = np.arange(len(stickers))
             for (position, normal), i in number.items():
                 if np.dot(position, face) == n - 1:
@@ -75,7 +76,7 @@ def _cube(n: int) -> Puzzle:
             moves.append(move)
     colours = np.repeat(np.arange(6), n * n)
     inverse = [a ^ 1 for a in range(len(moves))]
-    return Puzzle.of(f"cube{n}", colours, np.array(moves)[None], inverse, 30 if n == 3 else 20)
+    return Puzzle.of(f"cube{n}", colours, np.array(moves)[None], inverse, 30 if n == 3 else 20, names=names)
 
 
 def _turned(vector: tuple[int, ...], axis: tuple[int, ...], turn: int) -> tuple[int, ...]:
@@ -88,7 +89,8 @@ def _lights_out(n: int) -> Puzzle:
     distance = np.abs(row[:, None] - row) + np.abs(column[:, None] - column)
     flips = (distance <= 1)[None]
     moves = np.broadcast_to(np.arange(n * n), flips.shape)
-    return Puzzle.of(f"lightsout{n}", np.zeros(n * n), moves, range(n * n), n * n, flips=flips)
+    names = [f"{r + 1},{c + 1}" for r, c in zip(row, column, strict=True)]
+    return Puzzle.of(f"lightsout{n}", np.zeros(n * n), moves, range(n * n), n * n, flips=flips, names=names)
 
 
 def _sliding(n: int) -> Puzzle:
@@ -102,9 +104,10 @@ def _sliding(n: int) -> Puzzle:
                 tile = z + down * n + right
                 moves[z, a, [z, tile]] = tile, z
     goal = np.append(np.arange(1, count), 0)
-    return Puzzle.of(f"puzzle{count - 1}", goal, moves, [1, 0, 3, 2], 500 if n > 3 else 100)
+    names = ("up", "down", "left", "right")
+    return Puzzle.of(f"puzzle{count - 1}", goal, moves, [1, 0, 3, 2], 500 if n > 3 else 100, names=names)
 
 
 def _pancakes(n: int) -> Puzzle:
     moves = np.array([[*range(k - 1, -1, -1), *range(k, n)] for k in range(2, n + 1)])[None]
-    return Puzzle.of(f"pancake{n}", np.arange(n), moves, range(n - 1), n + 3)
+    return Puzzle.of(f"pancake{n}", np.arange(n), moves, range(n - 1), n + 3, names=[str(k) for k in range(2, n + 1)])

@@ -35,6 +35,7 @@ class Puzzle:
         inverse: (P,) int, of each of the P primitive moves, which come first, the one that undoes it.
         steps: (A, D) int, the primitive moves that each move is made of, -1 behind the last.
         scramble: moves of a random walk that mixes the puzzle.
+        names: of the P primitive moves, for people.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Puzzle:
     inverse: np.ndarray
     steps: np.ndarray
     scramble: int
+    names: tuple[str, ...]
 
     @classmethod
     def of(
@@ -57,8 +59,9 @@ class Puzzle:
         *,
         flips: np.ndarray | None = None,
         costs: Sequence[float] | None = None,
+        names: Sequence[str] | None = None,
     ) -> Puzzle:
-        """A puzzle of primitive moves alone; without `flips` nothing flips, and without `costs` each move costs 1."""
+        """A puzzle of primitive moves alone; nothing flips without `flips`, all costs are 1 without `costs`."""
         count = moves.shape[1]
         return cls(
             name,
@@ -69,6 +72,7 @@ class Puzzle:
             np.asarray(inverse),
             np.arange(count)[:, None],
             scramble,
+            tuple(map(str, range(count)) if names is None else names),
         )
 
     @property
@@ -154,6 +158,7 @@ class Puzzle:
             self.inverse,
             np.concatenate([_padded(part.steps, width) for part in parts]),
             self.scramble,
+            self.names,
         )
 
 
@@ -179,6 +184,7 @@ def _followed(first: Puzzle, then: Puzzle) -> Puzzle:
             kept
         ],
         first.scramble,
+        first.names,
     )
 
 
@@ -188,6 +194,8 @@ def _padded(steps: np.ndarray, width: int) -> np.ndarray:
 
 class Distances:
     """Least numbers of moves to the goal, of every state within `limit` of it, by breadth-first search from the goal.
+
+    States are told apart by their keys alone, see `Puzzle.keys`.
 
     Args:
         puzzle: every primitive move costs 1 and has one that undoes it.

@@ -105,7 +105,7 @@ class IQL(OfflineControl):
         self.corrupted = None
         if run.corrupted and self.critics > 1:
             self.corrupted = torch.as_tensor(np.any([*run.corrupted.values()], axis=0), device=run.device)
-        run.act_with(self.pi, self.normalizer(run))
+        run.act_with(self.pi, self.normalizer(run), None if run.spec.discrete else self.critic)
 
     def before_update(self, step: int, total: int) -> None:
         self.actor_optimizer.lr = self.lr * (1 + math.cos(math.pi * step / total)) / 2

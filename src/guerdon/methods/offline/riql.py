@@ -36,7 +36,7 @@ def quantile(q: torch.Tensor, alpha: float) -> torch.Tensor:
 @method("riql", learns_from="transitions", paper=1, policy="control")
 @dataclass(kw_only=True)
 class RIQL(IQL):
-    """Robust IQL (Yang et al. 2024, arXiv 2310.12955): IQL with normalised observations and, against heavy tails,
+    """Robust IQL (Yang et al. 2024, arXiv 2310.12955): IQL on scaled observations, with losses for heavy tails.
 
     u = Quantile_alpha over k of Qbar_k(s, a) - V(s)
     L_Q = E[ Huber_delta(r + gamma V(s') - Q_k(s, a)) ]

@@ -83,7 +83,7 @@ class TD3BC(OfflineControl):
         self.actor_optimizer = run.add("actor_optimizer", Adam(self.actor.parameters(), self.lr))
         self.critic_optimizer = run.add("critic_optimizer", Adam(self.critic.parameters(), self.lr))
         self.streams = run.streams
-        run.act_with(self.actor, self.normalizer(run))
+        run.act_with(self.actor, self.normalizer(run), self.critic)
 
     def before_update(self, step: int, total: int) -> None:
         self.moves_actor = (step + 1) % self.policy_delay == 0

@@ -123,7 +123,7 @@ class SAC(ReplayControl):
         self.wanted = -run.spec.actions if self.target_entropy is None else self.target_entropy
         self.unit = sum(math.log((high - low) / 2) for low, high in zip(run.spec.low, run.spec.high, strict=True))
         self.streams = run.streams
-        run.act_with(self.actor)
+        run.act_with(self.actor, critic=self.critic)
         self.remember(run)
 
     def explore(self, run: ControlRun, obs: np.ndarray) -> np.ndarray:

@@ -46,7 +46,7 @@ class StreamMethod(Ingredients, ControlMethod):
 
     def setup(self, run: ControlRun) -> None:
         from guerdon.control.simulators import make
-        from guerdon.control.streaming import TorchLearner, build_learner
+        from guerdon.control.streaming.learners import TorchLearner, build_learner
 
         assert run.env is not None
         env = make(run.env)

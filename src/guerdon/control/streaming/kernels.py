@@ -1,6 +1,6 @@
 """Streaming learners of fully connected networks, compiled: one call takes every seed from one transition to the next.
 
-`streaming.TorchStreams` says the same in torch, and is the reference. What is gained here is that nothing is dispatched
+`learners.TorchLearner` says the same in torch, and is the reference. What is gained here is that nothing is dispatched
 and that each parameter is touched twice in a step: once where its gradient is made, decayed into its trace and counted
 in the trace's norm, and once where it is moved. Layer by layer, a network's row holds weights (outputs, inputs), then
 biases. This module imports numba; whoever has none runs the reference.

@@ -23,7 +23,9 @@ class OpenAIServer:
         extras: whether parameters beyond OpenAI's own are known.
         shift: added to the ids that are given back, as if the server had another vocabulary.
         key: the API key that requests must carry.
-        faults: what goes wrong with the next requests for completions: a status, "close", "text", "list" or "empty".
+        faults: what goes wrong with the next requests for completions: a status, "close" (in the middle of an answer),
+            "stream" (the same, in chunks), "hang" (until the server is closed), "text", "list" or "empty".
+        retry_after: seconds that clients are asked to wait after a fault that is a status.
         seen: the bodies of the requests for completions that were answered; busiest: the most of them at a time.
     """
 
@@ -32,6 +34,8 @@ class OpenAIServer:
         self.models = ["tiny-one", "tiny-two"]
         self.style, self.ids, self.extras, self.shift, self.delay = "vllm", "taken", True, 0, 0.0
         self.key: str | None = None
+        self.retry_after: str | None = None
+        self.closed = threading.Event()
         self.faults: list[int | str] = []
         self.seen: list[dict[str, Any]] = []
         self.asked = self.busy = self.busiest = 0
@@ -45,6 +49,7 @@ class OpenAIServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closed.set()
         self.http.shutdown()
         self.http.server_close()
 
@@ -60,13 +65,13 @@ class OpenAIServer:
             max_new_tokens=body["max_tokens"],
             temperature=body["temperature"],
             top_k=body.get("top_k", 0),
-            top_p=body["top_p"],
+            top_p=body.get("top_p", 1.0),
             stop=tuple(body.get("stop", ())),
         )
         time.sleep(self.delay)
         with self.lock:
             self.seen.append(body)
-            return 200, self.completion(self.sampler.sample([prompt], [[body["seed"]]], how)[0][0])
+            return 200, self.completion(self.sampler.sample([prompt], [[body.get("seed", 0)]], how)[0][0])
 
     def completion(self, drawn: Completion) -> dict[str, Any]:
         ids, logps = [t + self.shift for t in drawn.tokens], drawn.logps.tolist()
@@ -103,6 +108,15 @@ class Handler(BaseHTTPRequestHandler):
                 self.end_headers()
                 self.wfile.write(b'{"choices": [')
                 self.close_connection = True
+            elif fault == "stream":
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self.wfile.write(b'd\r\n{"choices": [\r\n')
+                self.close_connection = True
+            elif fault == "hang":
+                self.owner.closed.wait()
+                self.close_connection = True
             elif fault == "text":
                 self.reply(200, b"{not json")
             elif fault in ("list", "empty"):
@@ -129,6 +143,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
+        if status != 200 and self.owner.retry_after is not None:
+            self.send_header("Retry-After", self.owner.retry_after)
         self.end_headers()
         self.wfile.write(content)
 

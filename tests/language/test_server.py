@@ -12,11 +12,12 @@ import pytest
 import guerdon
 from guerdon.errors import ConfigError, GuerdonError
 from guerdon.language.forward import GroupModel
-from guerdon.language.sampling import make_sampler, server
+from guerdon.language.sampling import make_sampler
 from guerdon.language.sampling.base import Completion, Sampling
 from guerdon.language.sampling.local import LocalSampler
 from guerdon.language.sampling.server import ServerSampler
 from guerdon.language.templates import prompt_ids, stop_ids
+from guerdon.llm import endpoint
 from openai_server import OpenAIServer
 
 TASK = "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1&train_size=6&test_size=3"
@@ -39,7 +40,8 @@ def prompts(tiny: tuple[Any, Any]) -> list[list[int]]:
 @pytest.fixture(autouse=True)
 def no_key_and_little_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(server, "RETRIES", 2)
+    monkeypatch.setattr(endpoint, "RETRIES", 2)
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
     yield
 
 
@@ -142,7 +144,7 @@ def test_passing_faults_change_nothing(faults: list[int | str], local: LocalSamp
         (404, ConfigError, r"no such page \(404: out of order\)"),
         ("close", ConfigError, "no answer"),
         (400, GuerdonError, "answers with status 400: out of order"),
-        ("text", GuerdonError, "answers /completions with something else"),
+        ("text", GuerdonError, "answers with something else than JSON"),
         ("list", GuerdonError, "answers /completions with something else"),
         ("empty", GuerdonError, "answers /completions with something else"),
     ],
@@ -151,7 +153,7 @@ def test_lasting_faults_are_one_message(
     fault: int | str, kind: type[GuerdonError], message: str, local: LocalSampler, prompts: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(server, "RETRIES", 0)
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
     with OpenAIServer(local) as host:
         engine = ServerSampler(host.address, local.tokenizer, at_once=2)
         engine.sample(prompts[:1], [[1]], SAMPLING)
@@ -226,4 +228,4 @@ def test_collecting_from_a_server_and_training_refused(local: LocalSampler, tmp_
 
 def test_the_address_is_a_sampler(local: LocalSampler) -> None:
     engine = make_sampler("http://localhost:8000/v1#tiny-two", None, local.tokenizer, set())
-    assert isinstance(engine, ServerSampler) and engine.model == "tiny-two"
+    assert isinstance(engine, ServerSampler) and engine.endpoint.model == "tiny-two"

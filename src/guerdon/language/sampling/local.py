@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,16 @@ from guerdon.language.attention import TreeLayout
 from guerdon.language.forward import GroupModel
 from guerdon.language.sampling.base import Completion, Sampling
 from guerdon.language.sharding import whole
+
+
+class Drawn(NamedTuple):
+    """A token as it is drawn: for which prompt and which of its completions, its log-prob, whether it ends it."""
+
+    prompt: int
+    completion: int
+    token: int
+    logp: float
+    ends: bool
 
 
 class LocalSampler:
@@ -44,8 +54,12 @@ class LocalSampler:
         seeds: Sequence[Sequence[int]],
         sampling: Sampling,
         on_progress: Callable[[int], None] | None = None,
+        on_step: Callable[[Sequence[Drawn]], None] | None = None,
     ) -> list[list[Completion]]:
-        """See `Sampler.sample`; `on_progress` is told of the completions that each wave finished."""
+        """See `Sampler.sample`; `on_progress` is told of the completions that each wave finished.
+
+        `on_step` is told after each step what was drawn for the completions that went on; what it raises ends them all.
+        """
         was_training = self.model.training
         self.model.eval()
         # (prompt, its completions) in waves of equal group size; prompts of like length together pad little.
@@ -61,26 +75,34 @@ class LocalSampler:
                 wave = list(takewhile(lambda w: len(w[1]) == width, work[: max(1, self.rows // width)]))  # noqa: B023
                 work = work[len(wave) :]
                 uniforms = np.stack([_uniforms(seeds[p][c], sampling.max_new_tokens) for p, cs in wave for c in cs])
-                done = self._wave([prompts[p] for p, _ in wave], width, uniforms, sampling)
-                for row, (p, c) in enumerate((p, c) for p, cs in wave for c in cs):
-                    found[p][c] = done[row]
+                whose = [(p, c) for p, cs in wave for c in cs]
+                done = self._wave([prompts[p] for p, _ in wave], whose, uniforms, sampling, on_step)
+                for (p, c), completion in zip(whose, done, strict=True):
+                    found[p][c] = completion
                 if on_progress is not None:
                     on_progress(len(done))
         self.model.train(was_training)
         return [[completions[c] for c in sorted(completions)] for completions in found]
 
     def _wave(
-        self, prompts: list[Sequence[int]], width: int, uniforms: np.ndarray, sampling: Sampling
+        self,
+        prompts: list[Sequence[int]],
+        whose: list[tuple[int, int]],
+        uniforms: np.ndarray,
+        sampling: Sampling,
+        on_step: Callable[[Sequence[Drawn]], None] | None,
     ) -> list[Completion]:
         device = self.model.device
-        total, steps = len(prompts) * width, sampling.max_new_tokens
+        total, steps = len(whose), sampling.max_new_tokens
         u = torch.from_numpy(uniforms).to(device)
         tokens = torch.zeros(total, steps, dtype=torch.long, device=device)
         logps = torch.zeros(total, steps, device=device)
         lengths = np.full(total, steps)
         finished = np.zeros(total, dtype=bool)
         row_of = torch.arange(total, device=device)  # which completion each row of the grid holds
-        decoder = (_PaddedDecoder if self.model.padded else _GridDecoder)(self.model, prompts, width, steps)
+        decoder = (_PaddedDecoder if self.model.padded else _GridDecoder)(
+            self.model, prompts, total // len(prompts), steps
+        )
         hidden = decoder.prefill()
         weight = self.model.model.get_output_embeddings().weight
         for step in range(steps):
@@ -93,6 +115,9 @@ class LocalSampler:
             stopped = ended.cpu().numpy() & live
             if sampling.stop:
                 stopped |= live & self._ends_with_stop(tokens[row_of, : step + 1].cpu().numpy(), sampling.stop)
+            if on_step is not None:
+                told = zip(rows.tolist(), drawn.tolist(), logp.tolist(), stopped.tolist(), live, strict=True)
+                on_step([Drawn(*whose[row], *what) for row, *what, going in told if going])
             lengths[rows[stopped]], finished[rows[stopped]] = step + 1, True
             if finished[rows].all() or step + 1 == steps:
                 break
@@ -100,13 +125,13 @@ class LocalSampler:
             if keep is not None:
                 row_of, drawn = row_of[keep], drawn[keep]
             hidden = decoder.step(drawn)
-        all_tokens, all_logps = tokens.cpu().tolist(), logps.cpu().numpy()
-        cut = [ids[:n] for ids, n in zip(all_tokens, lengths, strict=True)]
-        texts = self.tokenizer.batch_decode(cut, skip_special_tokens=True)
-        return [
-            Completion(ids, all_logps[i, : len(ids)], bool(finished[i]), _before(texts[i], sampling.stop))
-            for i, ids in enumerate(cut)
-        ]
+        ends = zip(tokens.cpu().tolist(), logps.cpu().numpy(), lengths, finished.tolist(), strict=True)
+        return [self.completion(ids[:n], own[:n], done, sampling) for ids, own, n, done in ends]
+
+    def completion(self, tokens: list[int], logps: np.ndarray, finished: bool, sampling: Sampling) -> Completion:
+        """Drawn tokens as the completion that they are."""
+        (text,) = self.tokenizer.batch_decode([tokens], skip_special_tokens=True)
+        return Completion(tokens, logps, finished, before_stop(text, sampling.stop))
 
     def _ends_with_stop(self, tokens: np.ndarray, stop: tuple[str, ...]) -> np.ndarray:
         tail = max(map(len, stop)) + 8  # a token has at least one character, but may share one with its neighbour
@@ -146,7 +171,8 @@ def _uniforms(seed: int, n: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=seed)).random(n)
 
 
-def _before(text: str, stop: tuple[str, ...]) -> str:
+def before_stop(text: str, stop: tuple[str, ...]) -> str:
+    """The text up to the first stop string in it."""
     cuts = [text.find(s) for s in stop if s in text]
     return text[: min(cuts)] if cuts else text
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
-from guerdon.errors import ConfigError, GuerdonError, near
+from guerdon.errors import DataError, GuerdonError
 from guerdon.language.sampling.base import Completion, Sampling
+from guerdon.llm.endpoint import Again, Endpoint, persist
+from guerdon.llm.loop import each, wait
 
-RETRIES = 5  # of a request that was not answered, or answered with 408, 409, 429 or 5xx; 0.5, 1, 2, ... seconds apart
-REFUSALS = (400, 422, 500)  # some servers fail at a prompt of token ids instead of refusing it
 SEEDS = 2**31  # what every server can take as a seed
 PROBE = Sampling(max_new_tokens=16, temperature=0)
 
@@ -42,22 +39,14 @@ class ServerSampler:
     """
 
     def __init__(self, address: str, tokenizer: Any, at_once: int = 16):
-        address, _, self.model = address.partition("#")
-        self.address = address.rstrip("/")
-        try:
-            parts = urlsplit(self.address)
-            _ = parts.port  # raises where it is no number
-        except ValueError as error:
-            raise self._error(f"this is no address: {error}.") from error
-        if not parts.path:
-            self.address += "/v1"
+        self.endpoint = Endpoint(address)
         self.tokenizer, self.at_once = tokenizer, at_once
-        self._client: Any = None
+        self._met = False
         self._by_ids = self._extras = True
 
     def sync(self, model: Any) -> None:
         """Raise `ConfigError`: nobody can give the server new weights."""
-        raise self._error(
+        raise self.endpoint.error(
             "a server's weights cannot follow the policy in training; use `--sampler local` or vllm. `guerdon collect` "
             "can sample from the server, and methods can learn from what it writes."
         )
@@ -69,43 +58,38 @@ class ServerSampler:
         work = [(prompt, seed) for prompt, own in zip(prompts, seeds, strict=True) for seed in own]
         if not work:
             return [[] for _ in prompts]
-        if self._client is None:
-            self._meet(work[0][0])
-        if sampling.top_k and not self._extras:
-            raise self._error("the server knows no top_k; use top_k 0, and top_p instead.")
-        with ThreadPoolExecutor(self.at_once) as pool:
-            done = pool.map(lambda job: self._complete(job[0], job[1], sampling), work)
-            return [[next(done) for _ in own] for own in seeds]
+        done = iter(wait(self._sample(work, sampling)))
+        return [[next(done) for _ in own] for own in seeds]
 
-    def _meet(self, prompt: Sequence[int]) -> None:
+    async def _sample(self, work: list[tuple[Sequence[int], int]], sampling: Sampling) -> list[Completion]:
+        if not self._met:
+            await self._meet(work[0][0])
+        if sampling.top_k and not self._extras:
+            raise self.endpoint.error("the server knows no top_k; use top_k 0, and top_p instead.")
+        done: dict[int, Completion] = {}
+
+        async def one(item: tuple[int, tuple[Sequence[int], int]]) -> None:
+            at, (prompt, seed) = item
+            done[at] = await self._complete(prompt, seed, sampling)
+
+        await each(enumerate(work), one, self.at_once)
+        return [done[at] for at in range(len(work))]
+
+    async def _meet(self, prompt: Sequence[int]) -> None:
         """Connect, settle on a model, and find out by short greedy answers what the server can do."""
-        try:
-            import openai
-        except ImportError as error:
-            raise self._error("this needs the package openai: `pip install 'guerdon[openai]'` brings it.") from error
-        key = os.environ.get("OPENAI_API_KEY") or "none"
-        client = openai.OpenAI(base_url=self.address, api_key=key, max_retries=RETRIES)
-        try:
-            listed: Any = client.get("/models", cast_to=object)
-            names = [model["id"] for model in listed["data"]]
-        except openai.OpenAIError as error:
-            raise self._failure(error) from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise self._error("/models is no list of models: this is no OpenAI-compatible server.") from error
-        if not names or (self.model and self.model not in names):
-            listing = ", ".join(names[:10]) or "none"
-            raise self._error(f"the server has no model '{self.model}'.{near(self.model, names)} It has: {listing}.")
-        self.model = self.model or names[0]
+        await self.endpoint.meet()
         for self._by_ids, self._extras in ((True, True), (False, True), (False, False)):
             try:
-                answer = self._ask(client.with_options(max_retries=2), prompt, 0, PROBE)
+                answer = await self._ask(prompt, 0, PROBE, retries=2)
             except GuerdonError as error:
-                if getattr(error.__cause__, "status_code", None) not in REFUSALS or not self._extras:
+                # Some servers fail at a prompt of token ids instead of refusing it.
+                failed = getattr(error.__cause__, "status_code", None) == 500
+                if not (failed or isinstance(error, DataError)) or not self._extras:
                     raise
             else:
                 if not self._by_ids or self._means_the_same(answer):
                     break
-        self._client = client
+        self._met = True
 
     def _means_the_same(self, answer: dict[str, Any]) -> bool:
         """Whether the drawn ids came with an answer, and are its text in our tokenizer too."""
@@ -113,8 +97,8 @@ class ServerSampler:
         ours = self.tokenizer.decode(tokens or [], skip_special_tokens=True)
         return tokens is not None and ours.strip(" \ufffd") == answer["choices"][0]["text"].strip(" \ufffd")
 
-    def _complete(self, prompt: Sequence[int], seed: int, sampling: Sampling) -> Completion:
-        answer = self._ask(self._client, prompt, seed, sampling)
+    async def _complete(self, prompt: Sequence[int], seed: int, sampling: Sampling) -> Completion:
+        answer = await self._ask(prompt, seed, sampling)
         choice = answer["choices"][0]
         tokens, logps = _drawn(answer) if self._by_ids else (None, [])
         if tokens is None:
@@ -125,11 +109,11 @@ class ServerSampler:
             tokens, np.asarray(logps, dtype=np.float32), choice.get("finish_reason") == "stop", choice["text"]
         )
 
-    def _ask(self, client: Any, prompt: Sequence[int], seed: int, sampling: Sampling) -> dict[str, Any]:
-        import openai
-
+    async def _ask(
+        self, prompt: Sequence[int], seed: int, sampling: Sampling, retries: int | None = None
+    ) -> dict[str, Any]:
         body: dict[str, Any] = {
-            "model": self.model,
+            "model": self.endpoint.model,
             "prompt": list(prompt) if self._by_ids else self._text(prompt),
             "seed": seed % SEEDS,
             "max_tokens": sampling.max_new_tokens,
@@ -141,40 +125,21 @@ class ServerSampler:
         if self._extras:  # the server's own defaults may not be neutral
             body |= {"top_k": sampling.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
             body |= {"logprobs": 1, "return_token_ids": True}
+        return await persist(lambda: self._answer(body), retries)
+
+    async def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        answer = await self.endpoint.post("/completions", body)
         try:
-            answer: Any = client.post("/completions", body=body, cast_to=object)
             if isinstance(answer["choices"][0]["text"], str):
                 return answer  # type: ignore[no-any-return]
-        except openai.OpenAIError as error:
-            raise self._failure(error) from error
-        except (ValueError, TypeError, KeyError, IndexError):
+        except (TypeError, LookupError):
             pass
-        raise self._error("the server answers /completions with something else.", GuerdonError)
+        raise Again(self.endpoint.error("the server answers /completions with something else.", GuerdonError))
 
     def _text(self, prompt: Sequence[int]) -> str:
         """The prompt as the text that the server's tokenizer makes it of, which may add its first token by itself."""
         short: str = self.tokenizer.decode(prompt[1:])
         return short if self.tokenizer(short).input_ids == list(prompt) else self.tokenizer.decode(prompt)
-
-    def _failure(self, error: Any) -> GuerdonError:
-        """The one message for what went wrong with a request."""
-        status, body = getattr(error, "status_code", None), getattr(error, "body", None)
-        key = os.environ.get("OPENAI_API_KEY")
-        said = str((isinstance(body, dict) and body.get("message")) or error.__cause__ or error)[:300]
-        said = said.replace(key, "...") if key else said
-        if status in (401, 403):
-            what = f"does not accept the key in OPENAI_API_KEY ({status})" if key else "wants a key: set OPENAI_API_KEY"
-            return self._error(f"the server {what}.")
-        if status is None:
-            return self._error(f"no answer ({said}). Is the server running, and the address right?")
-        if status == 404:
-            return self._error(f"the server has no such page (404: {said}). Most addresses end in /v1.")
-        if status == 429:
-            return self._error(f"too many requests (429: {said}). Go on later.", GuerdonError)
-        return self._error(f"the server answers with status {status}: {said}", GuerdonError)
-
-    def _error(self, what: str, kind: type[GuerdonError] = ConfigError) -> GuerdonError:
-        return kind(f"sampler {self.address}: {what}")
 
 
 def _drawn(answer: dict[str, Any]) -> tuple[list[int] | None, list[float]]:

@@ -106,7 +106,7 @@ def parse_task(spec: str) -> TaskSpec:
         name, _, query = rest.partition("?")
         if not name:
             raise ConfigError(f"the task '{spec}' names no generator: {GYM}:NAME, for example {GYM}:chain_sum.")
-        return TaskSpec("reasoning-gym", name, _params(spec, query))
+        return TaskSpec("reasoning-gym", name, params_of(spec, query))
     if colon and near(prefix, [GYM]):
         raise ConfigError(f"no kind of task is called '{prefix}'.{near(prefix, [GYM])}")
     if not spec or (re.fullmatch(r"\w+", spec) and not Path(spec).is_dir()):
@@ -117,7 +117,8 @@ def parse_task(spec: str) -> TaskSpec:
     return TaskSpec("prompts", spec)
 
 
-def _params(spec: str, query: str) -> dict[str, str]:
+def params_of(spec: str, query: str) -> dict[str, str]:
+    """What `param=value&param=value` says, % escapes resolved; `ConfigError` where it says nothing or says it twice."""
     params: dict[str, str] = {}
     for item in filter(None, query.split("&")):
         name, equals, value = item.partition("=")

@@ -61,11 +61,11 @@ def collect(
     out = Path(out)
     partial = out.with_name(out.name + ".partial.jsonl")
     identity = {"task": task.digest, "n": n, "seed": seed, "policy": policy, "sampling": asdict(sampling)}
-    with _kept(partial):
+    with kept(partial):
         rows = _resume(partial, json.loads(json.dumps(identity)))
     resumed = len(rows)
     progress(min(resumed, prompts), prompts)
-    with _kept(partial), partial.open("a", encoding="utf-8") as file:
+    with kept(partial), partial.open("a", encoding="utf-8") as file:
         for first in range(resumed, prompts, PROMPTS_AT_ONCE):
             records = task.train[first : min(first + PROMPTS_AT_ONCE, prompts)]
             ids = [prompt_ids(record.prompt or "", tokenizer) for record in records]
@@ -94,7 +94,7 @@ def collect(
 
 
 @contextmanager
-def _kept(partial: Path) -> Iterator[None]:
+def kept(partial: Path) -> Iterator[None]:
     """Whatever ends a collection that the user can mend is told with where the rows are that there are already."""
     try:
         yield

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+import json
 
+import numpy as np
+import pytest
+
+import guerdon
+from guerdon.cli import main
 from guerdon.feedback.decontaminate import contamination, exact_copies
 
 
@@ -52,3 +57,17 @@ def test_a_long_list_of_texts_equals_the_plain_definition() -> None:
     np.testing.assert_allclose(found.score, table.max(1))
     assert table.max() > 0.5 > table.max(1).min()
     assert all(found.source[i] == (table[i].argmax() if table[i].max() else -1) for i in range(len(test)))
+
+
+def test_inspect_finds_test_prompts_among_the_feedback(tmp_path, capsys):
+    question = "a train leaves the station at noon and travels for two hours at ninety"
+    rows = [{"prompt": question, "completion": "x"}, {"prompt": "What is 2 + 2?", "completion": "4"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tests = [f"{question}. How far?", "what is 2 + 2?", "What is 2 + 3?"]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in tests))
+    found = guerdon.inspect(str(tmp_path / "train.jsonl"), against=str(tmp_path / "test.jsonl"))
+    (finding,) = [f for f in found["findings"] if "that stand here" in f["what"]]
+    assert (finding["level"], finding["count"]) == ("error", 2) and finding["share"] == pytest.approx(2 / 3)
+    assert finding["examples"][0].endswith("train.jsonl:1")
+    assert main(["inspect", str(tmp_path / "train.jsonl"), "--against", str(tmp_path / "test.jsonl")]) == 0
+    assert "that stand here, too" in " ".join(capsys.readouterr().out.split())

@@ -7,23 +7,12 @@ import pytest
 import torch
 
 from guerdon.control.puzzles.domains import make_puzzle
+from guerdon.control.puzzles.heuristics import gap
 from guerdon.control.puzzles.puzzle import Distances, Puzzle, Tables
 from guerdon.control.streams import Streams
-from guerdon.methods.planning import a_star, q_star
+from guerdon.methods.planning import a_star, lookahead, q_star
 from guerdon.methods.planning.qstar import QStar
 from search_reference import graph_puzzle, node_states
-
-
-def gap(states: np.ndarray) -> np.ndarray:
-    """Neighbours in a stack, the plate below it included, that are not neighbours in size: never above the distance."""
-    plate = np.full((len(states), 1), states.shape[1])
-    stack = np.concatenate([states.astype(np.int64), plate], axis=1)
-    return (np.abs(np.diff(stack, axis=1)) != 1).sum(1).astype(np.float64)
-
-
-def behind(puzzle: Puzzle, h):
-    """q(s, a) = c(s, a) + h(s')."""
-    return lambda states: puzzle.costs + h(puzzle.expand(states).reshape(-1, puzzle.places)).reshape(len(states), -1)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +24,7 @@ def test_1_equal_costs_and_far_fewer_nodes(name, actions, ratio):
     assert puzzle.actions == actions
     starts = np.array([rng.permutation(puzzle.places) for _ in range(10)], np.uint8)
     nodes = a_star(puzzle, gap, starts)
-    edges = q_star(puzzle, behind(puzzle, gap), starts)
+    edges = q_star(puzzle, lookahead(puzzle, gap), starts)
     assert [found.cost for found in nodes] == [found.cost for found in edges]
     for what in ("nodes_generated", "heuristic_calls"):
         a, q = (np.mean([getattr(s, what) for s in found]) for found in (nodes, edges))
@@ -56,7 +45,7 @@ def test_2_when_to_stop(q_sb, first):
 def test_3_exact_q_generates_the_path_alone():
     puzzle = make_puzzle("pancake7")
     distances = Distances(puzzle)
-    exact = behind(puzzle, lambda states: distances.of(states).astype(float))
+    exact = lookahead(puzzle, lambda states: distances.of(states).astype(float))
     starts = puzzle.walk(np.full(300, 8), np.random.default_rng(0))
     unique = np.array([_paths(puzzle, distances, s[None]) == 1 for s in starts])
     assert unique.sum() > 20
@@ -97,6 +86,6 @@ def test_4_targets_on_a_chain():
 def test_5_nodes_are_popped_edges_and_the_start():
     puzzle = make_puzzle("puzzle8")
     starts = puzzle.walk(np.full(20, 30), np.random.default_rng(0))
-    for found in q_star(puzzle, behind(puzzle, lambda s: np.zeros(len(s))), starts, max_nodes=2000):
+    for found in q_star(puzzle, lookahead(puzzle, lambda s: np.zeros(len(s))), starts, max_nodes=2000):
         assert found.nodes_generated == 1 + found.iterations  # one edge in each round
         assert found.heuristic_calls <= found.nodes_generated

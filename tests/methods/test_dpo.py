@@ -213,6 +213,25 @@ def test_loss_on_packed_groups_equals_the_formula_on_plain_forward_passes(loss_t
     assert metrics["loss/preference"].mean() + 0.7 * metrics["loss/sft"].mean() == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_simpo_is_log_probs_per_token_with_a_margin_and_wpo_weighs_by_them():
+    group = Group.of([1], [[2] * 2, [3] * 4], values={"score": np.array([1, 0], dtype=np.float32)})
+    logps = torch.tensor([-0.5] * 2 + [-0.75] * 4)  # -1 and -3 in all
+    lead = 2.0 * (-0.5 + 0.75)
+
+    def loss_of(method: DPO) -> float:
+        [paired] = method.credit([group], RNG)
+        batch = pack([paired], totals=method.totals([paired]))
+        batch.token_values["ref_logps"] = torch.zeros(6)
+        return method.loss(Outputs(logps=logps), batch)[0].item()
+
+    simpo = DPO(loss_type="sigmoid_norm", reference_free=True, beta=2.0, target_margin=0.6)
+    assert loss_of(simpo) == pytest.approx(-math.log(s(lead - 0.6)), abs=1e-6)
+    wpo = DPO(loss_type="sigmoid", beta=0.1, weighted=True)
+    assert loss_of(wpo) == pytest.approx(-math.log(s(0.1 * (-1 + 3))) * math.exp(-0.5 - 0.75), abs=1e-6)
+    assert wpo.start_loss() is None
+    assert DPO(target_margin=0.6).start_loss() == pytest.approx(-math.log(s(-0.6)))
+
+
 @pytest.mark.parametrize("pairs", ["best-worst", "best-random", "all"])
 def test_micro_batches_change_neither_loss_nor_gradient(pairs):
     method = DPO(sft_coef=0.5, pairs=pairs)
@@ -268,6 +287,7 @@ def test_credit_without_scores_says_what_to_do():
         ({"label_smoothing": 0.1, "loss_type": "ipo"}, "ipo does not use label_smoothing"),
         ({"loss_type": "exo_pair"}, "exo_pair needs label_smoothing"),
         ({"alpha": 1.0}, "alpha"),
+        ({"target_margin": 0.5, "loss_type": "apo_zero"}, "apo_zero looks at each reward alone"),
         *(({"loss_type": name, "divergence": "forward_kl"}, "reverse_kl") for name in sorted(REVERSE_KL_ONLY)),
     ],
 )
@@ -281,7 +301,7 @@ def test_published_settings():
     for method in (dpo, norm):
         method.check()
         assert method.needs_reference() and method.learns_from == "preferences"
-    assert (dpo.papers, dpo.loss_type, dpo.beta, dpo.label_smoothing, dpo.lr) == ((11,), "sigmoid", 0.1, 0.0, 1e-6)
+    assert (dpo.papers, dpo.loss_type, dpo.beta, dpo.label_smoothing, dpo.lr) == ((11, 12), "sigmoid", 0.1, 0.0, 1e-6)
     tulu = (norm.papers, norm.loss_type, norm.beta, norm.lr, norm.batch_size, norm.epochs, norm.schedule, norm.warmup)
     assert tulu == ((17,), "sigmoid_norm", 5.0, 5e-7, 128, 1, "linear", 0.1)
     assert not DPO(reference_free=True).needs_reference()

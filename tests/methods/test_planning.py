@@ -12,13 +12,14 @@ import torch
 import guerdon
 from guerdon.control.policy import ControlPolicy
 from guerdon.control.puzzles.domains import make_puzzle
+from guerdon.control.puzzles.heuristics import make_heuristic
 from guerdon.control.puzzles.networks import BatchNorm, CostToGo
 from guerdon.control.puzzles.puzzle import Distances, Puzzle, Tables
 from guerdon.control.spaces import Spec
-from guerdon.errors import ConfigError, DataError
+from guerdon.errors import ConfigError, DataError, InvariantError
 from guerdon.exact.mdp import shortest_paths
 from guerdon.methods.base import get_method
-from guerdon.methods.planning import a_star, deferred, q_star, solve
+from guerdon.methods.planning import a_star, deferred, lookahead, q_star, solve
 from guerdon.training.config import ControlTraining
 from guerdon.training.control import ControlRun
 from guerdon.training.distributed import Distribution
@@ -130,15 +131,10 @@ def test_the_first_goal_may_be_worse_below_the_costs():
 def test_every_instance_small_enough_for_breadth_first_search(name):
     puzzle, rng = make_puzzle(name), np.random.default_rng(0)
     distances = Distances(make_puzzle(name.partition("?")[0]))
-    starts = puzzle.walk(np.full(30, 60), rng)
+    starts = puzzle.walk(np.full(12, 60), rng)
     h = lambda states: distances.of(states) // 2  # noqa: E731
-
-    def q(states):
-        children = puzzle.expand(states).reshape(-1, puzzle.places)
-        return puzzle.costs + h(children).reshape(len(states), -1)
-
     for batch in (1, 20):
-        for search, values in ((a_star, h), (q_star, q), (q_star, deferred(puzzle, h))):
+        for search, values in ((a_star, h), (q_star, lookahead(puzzle, h)), (q_star, deferred(puzzle, h))):
             found = search(puzzle, values, starts, batch=batch)
             assert [s.cost for s in found] == distances.of(starts).tolist()
             for start, solution in zip(starts, found, strict=True):
@@ -146,6 +142,61 @@ def test_every_instance_small_enough_for_breadth_first_search(name):
                 for move in puzzle.primitive(solution.actions):
                     state = puzzle.next(state, np.array([move]))
                 assert puzzle.solved(state)[0] and solution.cost == puzzle.costs[solution.actions].sum()
+
+
+@pytest.mark.parametrize(
+    ("name", "heuristic"),
+    [("pancake7", "gap"), ("puzzle8", "manhattan"), ("puzzle8", "misplaced"),
+     ("lightsout3", "misplaced"), ("cube2", "misplaced")],
+)  # fmt: skip
+def test_heuristics_without_learning_never_overestimate(name, heuristic):
+    puzzle = make_puzzle(name)
+    distances = Distances(puzzle, 6)
+    states = puzzle.walk(np.random.default_rng(0).integers(0, 7, 4000), np.random.default_rng(1))
+    d, h = distances.of(states), make_heuristic(heuristic, puzzle)(states)
+    assert (h <= d).all() and h.max() > 1 and (h[d == 0] == 0).all()
+    # and are consistent: a move that costs 1 takes away 1 at most
+    children = make_heuristic(heuristic, puzzle)(puzzle.expand(states).reshape(-1, puzzle.places))
+    assert (h[:, None] <= 1 + children.reshape(len(states), -1)).all()
+
+
+def test_states_are_told_apart_where_their_keys_are_not():
+    """All keys alike, or all but a few: the same search, node for node."""
+    apart, together = (make_puzzle.__wrapped__("pancake6") for _ in range(2))
+    vars(together)["zobrist"] = together.zobrist & np.uint64(1 << 20)
+    states = np.unique(apart.walk(np.full(400, 9), np.random.default_rng(0)), axis=0)
+    assert len(np.unique(together.keys(states))) <= 2 and len(np.unique(apart.keys(states))) == len(states)
+    starts = states[:6]
+    h = make_heuristic("misplaced", apart)
+    for search, values in ((a_star, h), (q_star, lookahead(apart, h))):
+        for one, other in zip(search(apart, values, starts), search(together, values, starts), strict=True):
+            assert (one.actions, one.nodes_generated, one.node_bytes) == (
+                other.actions,
+                other.nodes_generated,
+                other.node_bytes,
+            )
+
+
+def test_memory_is_that_of_nodes_and_of_edges():
+    puzzle = make_puzzle("pancake6?meta=2")
+    start = puzzle.walk(np.array([6]), np.random.default_rng(1))
+    h = make_heuristic("gap", puzzle)
+    nodes, edges = a_star(puzzle, h, start)[0], q_star(puzzle, lookahead(puzzle, h), start)[0]
+    assert nodes.edge_bytes == 0 and edges.edge_bytes > 0
+    kept, one = edges.edge_bytes / (4 * puzzle.actions), 6 + 49  # bytes of a node: its places and what is said of it
+    assert kept == edges.heuristic_calls + 1  # the goal is kept too, and is not evaluated
+    assert edges.node_bytes == one * kept and nodes.node_bytes >= one * (nodes.heuristic_calls + 1)
+
+
+def test_an_action_of_infinite_cost_is_not_taken_and_nan_is_refused():
+    puzzle = make_puzzle("pancake5")
+    start = puzzle.walk(np.array([9]), np.random.default_rng(0))
+    q = lambda states: np.where(np.arange(4) == 3, np.inf, np.ones((len(states), 4)))  # noqa: E731
+    found = q_star(puzzle, q, start)[0]
+    assert 3 not in found.actions and q_star(puzzle, lambda s: np.ones((len(s), 4)), start)[0].cost <= found.cost
+    for search, shape in ((a_star, ()), (q_star, (4,))):
+        with pytest.raises(InvariantError, match="nan"):
+            search(puzzle, lambda states, shape=shape: np.full((len(states), *shape), np.nan), start)
 
 
 def test_the_pool_grows_without_a_trace():
@@ -324,29 +375,78 @@ def test_values_approach_the_distances(name, tmp_path):
         unsolved = ~puzzle.solved(states)
         assert np.abs(values - distances.of(states))[unsolved].mean() < 0.3
         found = solve(tmp_path / "run", index=k, instances=30, weight=1.0, batch=1, scramble=8)
-        starts = np.array([row["start"] for row in found["instances"]], np.uint8)
-        assert found["search"] == {"davi": "a-star", "qstar": "q-star"}[name] and found["solved"] == 1.0
-        assert found["cost"] <= 1.05 * distances.of(starts).mean()
+        (search,) = found["searches"]
+        assert search["search"] == {"davi": "a-star", "qstar": "q-star"}[name] and search["solved"] == 1.0
+        assert search["cost"] <= 1.05 * distances.of(np.array(found["starts"], np.uint8)).mean()
     assert guerdon.evaluate(tmp_path / "run")[0].means()["success"] == 1.0
 
 
+def solves(found: dict) -> None:
+    """Every search's moves, by name, lead from the start to the goal at the cost that is said."""
+    puzzle = make_puzzle(found["puzzle"])
+    for search in found["searches"]:
+        for start, row in zip(found["starts"], search["instances"], strict=True):
+            state = np.array([start], np.uint8)
+            for move in row["moves"]:
+                state = puzzle.next(state, np.array([puzzle.names.index(move)]))
+            assert puzzle.solved(state)[0] and len(row["moves"]) == row["cost"]
+
+
 def test_solving_with_meta_actions_and_refusals(tmp_path):
-    method, run = prepared("davi", env="puzzle:pancake5?meta=2")
+    _, run = prepared("davi", env="puzzle:pancake5?meta=2")
     run.export(tmp_path / "v")
     found = solve(tmp_path / "v", instances=3, scramble=4)
-    assert found["puzzle"] == "pancake5?meta=2" and found["solved"] == 1.0
-    json.dumps(found)
-    for row in found["instances"]:
-        state = np.array([row["start"]], np.uint8)
-        for move in row["moves"]:
-            state = method.puzzle.next(state, np.array([move]))
-        assert method.puzzle.solved(state)[0] and len(row["moves"]) == row["cost"]
-    with pytest.raises(ConfigError, match="needs Q"):
-        solve(tmp_path / "v", search="q-star")
-    with pytest.raises(ConfigError, match="which is not pancake5"):
-        solve(tmp_path / "v", env="pancake5")
-    with pytest.raises(ConfigError, match="has 1 seeds"):
-        solve(tmp_path / "v", index=1)
+    assert found["puzzle"] == "pancake5?meta=2" and found["searches"][0]["solved"] == 1.0
+    solves(json.loads(json.dumps(found)))
+    solves(solve(tmp_path / "v", env="pancake5", instances=3, search=["a-star", "deferred"]))  # V needs no action set
+    _, run = prepared("qstar", env="puzzle:pancake5")
+    run.export(tmp_path / "q")
+    found = solve(tmp_path / "q", instances=3, search=["q-star", "a-star", "deferred"])
+    assert [search["search"] for search in found["searches"]] == ["q-star", "a-star", "deferred"]
+    solves(found)
+    for options, message in (
+        ({"policy": "v", "search": ["q-star"]}, "needs Q"),
+        ({"policy": "v", "env": "pancake6"}, "which is not pancake6"),
+        ({"policy": "q", "env": "pancake5?meta=2"}, "which is not pancake5"),
+        ({"policy": "v", "index": 1}, "has 1 seeds"),
+        ({"policy": "q", "search": ["qstar"]}, "Did you mean 'q-star'"),
+        ({"policy": "q", "instances": 0}, "instances is 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            solve(**{**options, "policy": tmp_path / options["policy"]})
+
+
+def test_solving_without_learning(tmp_path):
+    found = guerdon.solve(
+        "gap", env="pancake8?meta=2", instances=4, search=["q-star", "a-star"], weight=1.0, batch=1, seed=3
+    )
+    solves(found)
+    (edges, nodes), distances = found["searches"], Distances(make_puzzle("pancake8"))
+    assert edges["cost"] == nodes["cost"] == distances.of(np.array(found["starts"], np.uint8)).mean()
+    assert edges["nodes_generated"] < nodes["nodes_generated"] / 5
+    given_up = solve("manhattan", env="puzzle15", instances=2, max_nodes=200, search=["a-star"])["searches"][0]
+    assert given_up["solved"] == 0.0 and given_up["cost"] is None and given_up["instances"][0]["cost"] is None
+    for policy, env, message in (
+        ("gap", None, "give --env"),
+        ("gap", "puzzle8", "heuristic of pancakeN, not of puzzle8"),
+        ("gab", "pancake8", "Did you mean 'gap'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            solve(policy, env=env)
+
+
+def test_solving_from_the_command_line(capsys):
+    from guerdon.cli import main
+
+    argv = ["solve", "gap", "--env", "pancake6", "--instances", "2", "--search", "q-star", "a-star"]
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert "pancake6 with gap, weight 0.6, batch 100" in said and said.count("100%") == 2
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    solves(found)
+    assert main(["solve", "nothing"]) == 2
+    assert "nothing is neither a run of davi or qstar nor a heuristic" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,13 @@ def test_scores_are_the_three_of_the_paper(sampled):
     assert PPO().score(group).tolist() == [10, 0, -10]
 
 
+def test_a_reward_model_adds_to_what_the_verifier_says_or_speaks_alone(sampled):
+    group = sampled([[1.0, 0.0, 1.0]])[0]
+    group.values |= {"finished": np.array([1, 1, 0], np.float32), "rated": np.array([0.5, -2.0, 3.0], np.float32)}
+    assert PPO().score(group).tolist() == [10.5, -2, -10]
+    assert PPO(bonus=0.0, reward_model_coef=2.0).score(group).tolist() == [1, -4, -10]
+
+
 def test_credit_of_each_completion_is_its_own_gae_whitened_over_the_round(sampled):
     method, groups = PPO(gamma=0.9), sampled(SCORES)
     credited = method.credit_values(groups)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from guerdon.feedback.decontaminate import contamination, exact_copies
 from guerdon.feedback.diagnostics import (
     CHECKS,
     CHECKS_OF_KIND,
@@ -32,7 +33,10 @@ LEVELS = {"error": "bold red", "warning": "yellow", "info": "cyan"}  # of findin
 
 
 def inspect_feedback(
-    feedback: Feedback, count_tokens: CountTokens | None = None, max_length: int = 2048
+    feedback: Feedback,
+    count_tokens: CountTokens | None = None,
+    max_length: int = 2048,
+    against: Feedback | None = None,
 ) -> dict[str, Any]:
     """What the feedback holds and what is odd in it, as plain data.
 
@@ -40,6 +44,7 @@ def inspect_feedback(
         feedback: as `read_feedback` returns it.
         count_tokens: the number of tokens of each of a list of texts; without it lengths are counted in words.
         max_length: tokens of a prompt with one completion, beyond which it would be cut.
+        against: what policies will be tested on, whose prompts should not be among these.
 
     Returns:
         `source`, `kind`, `conversational`, `rows`, `bad_rows`, `prompts` (different ones), `completions`, `columns`
@@ -79,6 +84,7 @@ def inspect_feedback(
         "Mend them.",
     )
     findings += _truncation(feedback, prompt_lengths, lengths, max_length, unit)
+    findings += _contamination(view, View.of(against)) if against is not None else []
     for check in (*CHECKS, *CHECKS_OF_KIND.get(feedback.kind, ())):
         findings += check(view)
     report["scripts"], more = scripts(view)
@@ -139,6 +145,18 @@ def _truncation(
     no_room = f"prompts that leave no room for an answer in {max_length} {unit}"
     too_long = f"rows of more than {max_length} {unit}, which would be cut{counted}"
     return [*found("error", no_room, nothing_left, total, advice), *found("warning", too_long, cut, total, advice)]
+
+
+def _contamination(train: View, test: View) -> list[Finding]:
+    """Test prompts that are copied, or more than half of which one prompt covers with 8-grams (Tulu 3)."""
+    overlap = contamination(train.prompt_words, test.prompt_words)
+    seen = exact_copies(train.prompt_words, test.prompt_words) | overlap.flagged()
+    where = [
+        test.records[i].where + (f" in {train.records[overlap.source[i]].where}" if overlap.source[i] >= 0 else "")
+        for i in np.flatnonzero(seen)
+    ]
+    what = f"prompts of {test.feedback.source} that stand here, too, whole or more than half"
+    return found("error", what, where, len(test), "Leave the rows out that hold them, or test on others.")
 
 
 def render(report: dict[str, Any]) -> Group:

@@ -19,6 +19,7 @@ _LISTED = 5  # bad rows that the error message lists
 # Columns that say something about the answers, and what they say.
 _TOLD_BY = {
     "answer": "answers",
+    "label": "classes",
     "critique": "critiques",
     "rationale": "rationales",
     "spans": "spans",
@@ -68,7 +69,7 @@ class Feedback:
         `demonstrations`: answers to imitate (the chosen ones of a preference too). `preferences`: one answer over
         another to the same prompt, given as such or by different scores. `scores`, `labels` (liked or not), `steps`:
         judgements of completions and of steps. `prompts`: something to answer. And by columns: `answers` to check
-        against, `critiques`, `rationales`, `spans`, `images`.
+        against, `classes` of texts, `critiques`, `rationales`, `spans`, `images`.
         """
         columns = {name for record in self.records for name, value in record.columns.items() if value is not None}
         says = {told for column, told in _TOLD_BY.items() if column in columns}

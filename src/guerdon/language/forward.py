@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,14 +101,25 @@ class GroupModel(nn.Module):
         """Largest difference of log-probs between the group forward and separate padded rows, on one group."""
         batch = pack([group], self.device)
         grouped = self(batch, temperature=temperature).logps
-        self._base.set_attn_implementation("sdpa")
-        self.padded = True
-        try:
-            separate = self(batch, temperature=temperature).logps
-        finally:
-            self.padded = False
-            self._base.set_attn_implementation(attention.NAME)
+        with self.plain():
+            self.padded = True
+            try:
+                separate = self(batch, temperature=temperature).logps
+            finally:
+                self.padded = False
         return float((grouped - separate).abs().max()) if len(separate) else 0.0
+
+    @contextmanager
+    def plain(self) -> Iterator[Any]:
+        """The transformers model as others know it, whose attention takes masks and caches."""
+        if self.padded:
+            yield self.model
+            return
+        self._base.set_attn_implementation("sdpa")
+        try:
+            yield self.model
+        finally:
+            self._base.set_attn_implementation(attention.NAME)
 
     @property
     def _base(self) -> Any:

@@ -120,8 +120,9 @@ def render(record: Record, tokenizer: Any, *, max_length: int, overlong: Literal
 
     The root is what all completions share, up to the first learned token; each completion is one segment after it. Only
     answers are learned: a plain completion, or the assistant turns of a conversational one, each with its end-of-turn
-    token; an answer that ends without one is given the end-of-sequence token, which is learned as well. In language
-    modelling everything (`text`) or every assistant turn (`messages`) is learned.
+    token; an answer that ends without one is given the end-of-sequence token, which is learned as well. A turn with the
+    weight 0, as in OpenAI's fine-tuning format, is not. In language modelling everything (`text`) or every assistant
+    turn (`messages`) is learned.
 
     Args:
         record: completions may be empty, which gives the prompt alone.
@@ -208,6 +209,21 @@ def prompt_ids(prompt: Text, tokenizer: Any) -> list[int]:
     return _prompt_ids(Record(prompt, []), tokenizer, _facts(tokenizer))
 
 
+def continued_ids(prompt: str, continuation: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens of a text apart at the end of its prompt; a token that straddles the boundary belongs to what follows.
+
+    Raises:
+        DataError: the first token belongs to the continuation, and the tokenizer has no token to put before it.
+    """
+    facts = _facts(tokenizer)
+    encoding = facts.encoder.encode(prompt + continuation, add_special_tokens=False)
+    first = next((k for k, (_, end) in enumerate(encoding.offsets) if end > len(prompt)), len(encoding.ids))
+    before, after = encoding.ids[:first], encoding.ids[first:]
+    if before[:1] != facts.bos:
+        before = facts.bos + before
+    return before or _start(Record(prompt, []), facts), after
+
+
 def stop_ids(tokenizer: Any, model: Any = None) -> set[int]:
     """Tokens that end an answer: end-of-sequence, the template's end-of-turn, and those the model's settings name."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -269,7 +285,7 @@ def _write_turns(
     whole = _apply(tokenizer, messages, False, record)
     spans, opened = [], True
     for turn in range(max(len(prompt), 1), len(messages)):  # an answer to nothing is context
-        if messages[turn].get("role") != "assistant":
+        if messages[turn].get("role") != "assistant" or messages[turn].get("weight") == 0:
             continue
         before = opening if turn == len(prompt) else _apply(tokenizer, messages[:turn], True, record)
         if not whole.startswith(before):

@@ -1,0 +1,1 @@
+"""Methods whose policy is a fixed language model with a learned prompt."""

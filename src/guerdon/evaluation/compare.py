@@ -23,7 +23,7 @@ from guerdon.evaluation.wording import tables, verdict
 from guerdon.feedback.readers import Feedback
 from guerdon.fields import checked
 from guerdon.methods.base import LanguageMethod, check_options, get_method
-from guerdon.training.config import ControlTraining, LanguageTraining, Training
+from guerdon.training.config import FULL_PROMPT, ControlTraining, LanguageTraining, PromptTraining, Training
 from guerdon.training.rundir import RunDir
 
 __all__ = ["Comparison", "as_dict", "compare", "load_comparison", "tables"]
@@ -148,7 +148,8 @@ def _settings(
     config = kind(**{**fields, **{BUDGETS[unit]: amount for unit, amount in spent.items()}})
     for row in rows.values():
         check_options(get_method(row["name"])(**row["options"]), config)
-    if isinstance(config, LanguageTraining) and config.task is None and not (config.holdout or config.eval_data):
+    judged_by = ("task", "env", "holdout", "eval_data")
+    if isinstance(config, LanguageTraining) and not any(getattr(config, name) for name in judged_by):
         raise ConfigError("compare: nothing is held out to judge by: raise holdout or give eval_data.")
     settings = {"methods": list(rows.values()), "training": fields, "seeds": seeds, "budget": spent}
     for name in ("data", "eval_data"):
@@ -179,6 +180,13 @@ def check_sources(settings: dict[str, Any]) -> None:
         from guerdon.training.control import check_material
 
         return check_material(config, methods)
+    if isinstance(config, PromptTraining):
+        from guerdon.language.models import check_name
+        from guerdon.training.prompting import material as labelled
+
+        check_name(config.model)
+        labelled(config)
+        return None
     from guerdon.language.models import check_name
     from guerdon.training.language import material
 
@@ -191,7 +199,7 @@ def check_sources(settings: dict[str, Any]) -> None:
 
     check_name(config.model)
     _, train, held_out, _ = material(config, check)
-    if not (train and held_out):
+    if not (train and (held_out or config.env)):
         raise DataError(f"{config.data}: there are too few different prompts to learn from some and judge by others.")
 
 
@@ -263,8 +271,9 @@ def _trials(settings: dict[str, Any], out: Path, looks: Sequence[Mapping[str, An
     A language policy has a trial of its own for each seed. The seeds of a control method are trained together; where
     more were asked for after a look, those are.
     """
-    control = get_method(settings["methods"][0]["name"]).policy == "control"
-    start = RANDOM if control else settings["training"]["model"]
+    policy = get_method(settings["methods"][0]["name"]).policy
+    control, model = policy == "control", settings["training"].get("model")
+    start = RANDOM if control else f"{FULL_PROMPT}{model}" if policy == "prompt" else model
 
     def trial(label: str, method: str | None, options: dict[str, Any], seeds: range, budget: dict[str, int]) -> Trial:
         name = f"seed-{seeds[0]}" if len(seeds) == 1 else f"seeds-{seeds[0]}-{seeds[-1]}"

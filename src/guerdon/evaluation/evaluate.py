@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from guerdon.errors import DataError
+from guerdon.errors import ConfigError, DataError
 from guerdon.evaluation.metrics import EVALUATION, Evaluation, completion_metrics, kl_to_start, nll, preference_metrics
+from guerdon.evaluation.text import agent_of, judge_agent
 from guerdon.feedback.records import Record
 from guerdon.language.groups import Group
 from guerdon.language.policy import Policy
 from guerdon.language.sampling.base import Sampling
 from guerdon.language.templates import prompt_ids, render_each
 from guerdon.methods.base import pairs_from_scores
+from guerdon.methods.planning.choose import choose, reward_scorer
+from guerdon.methods.preferences.token_q import Shift, decode
 from guerdon.tasks import Task
 from guerdon.training.config import LanguageTraining
+from guerdon.training.rundir import RunDir
 
 if TYPE_CHECKING:
     from guerdon.training.language import LanguageRun
@@ -63,15 +67,23 @@ def evaluate_policy(
 
 
 def evaluate_run(run: LanguageRun) -> dict[str, float]:
-    """Judge a run's policy on its held-out items and write `evaluation.json` into its directory.
+    """Judge a run's policy and write `evaluation.json` into its directory: on held-out items, or in `env` where given.
+
+    What the held-out items say is then told beside it.
 
     Returns:
         The means, `eval/...`, and under `eval/score` the primary one (higher is better).
     """
-    found = evaluate_policy(run.policy, run.start_logps, run.held_out, run.task, run.config, run.method.max_length)
+    start, config, longest = run.start_logps, run.config, run.method.max_length
+    judged = []
+    if config.env is not None:
+        judged.append(judge_agent(agent_of(run.policy, start, config, longest), config))
+    if run.held_out:
+        judged.append(evaluate_policy(run.policy, start, run.held_out, run.task, config, longest))
+    found = judged[0]
     if run.distribution.is_main:
         found.save(run.directory / EVALUATION)
-    means = found.means()
+    means = {name: value for each in reversed(judged) for name, value in each.means().items()}
     score = -means["nll"] if found.primary == "nll" else means[found.primary]
     return {f"eval/{name}": value for name, value in means.items()} | {"eval/score": score}
 
@@ -81,13 +93,20 @@ def _by_task(
 ) -> tuple[dict[str, np.ndarray], str]:
     sampling = Sampling(max_new_tokens=how.eval_max_new_tokens, temperature=how.eval_temperature)
     prompts = [r.prompt or "" for r in records]
-    answers = policy.answer(prompts, how.eval_samples, sampling)
+    if how.eval_beams or how.eval_proxy:
+        answers = decode(policy, prompts, sampling, n=how.eval_samples, beams=how.eval_beams, shift=_shift(how))
+    elif how.eval_choose != "no":
+        answers = choose(policy, prompts, how.eval_samples, sampling, **_choice(how))
+    else:
+        answers = policy.answer(prompts, how.eval_samples, sampling)
     scored = [task.score(r, [c.text for c in cs]) for r, cs in zip(records, answers, strict=True)]
     rewards = {name: np.stack([s[name] for s in scored]) for name in scored[0]}
     lengths = np.array([[len(c.tokens) for c in cs] for cs in answers])
     finished = np.array([[c.finished for c in cs] for cs in answers])
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= how.eval_samples]
-    metrics = completion_metrics(rewards, lengths, finished, ks=ks, binary=task.binary)
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= len(answers[0])]
+    metrics, primary = completion_metrics(rewards, lengths, finished, ks=ks, binary=task.binary), _primary(task)
+    if how.eval_choose != "no" or how.eval_beams or how.eval_proxy:  # no samples, from which a KL could be estimated
+        return metrics, primary
     groups = [
         Group.of(prompt_ids(p, policy.tokenizer), [c.tokens for c in cs])
         for p, cs in zip(prompts, answers, strict=True)
@@ -95,7 +114,28 @@ def _by_task(
     policy.annotate(groups, "logps")
     start(groups, "start")
     logps, ref = ([_per_completion(g, name) for g in groups] for name in ("logps", "start"))
-    return metrics | kl_to_start(logps, ref), "pass@1" if task.binary else "reward"
+    return metrics | kl_to_start(logps, ref), primary
+
+
+def _primary(task: Task) -> str:
+    return "pass@1" if task.binary else "reward"
+
+
+def _choice(how: LanguageTraining) -> dict[str, Any]:
+    """The options of `choose`."""
+    judge = how.eval_scorer and reward_scorer(Policy.load(how.eval_scorer, how.precision), how.eval_scorer)
+    return {"how": how.eval_choose, "candidates": how.eval_candidates, "scorer": judge}
+
+
+def _shift(how: LanguageTraining) -> Shift | None:
+    """How the run that `eval_proxy` names has moved from its start."""
+    if how.eval_proxy is None:
+        return None
+    if not RunDir.is_at(how.eval_proxy):
+        raise ConfigError(f"eval_proxy: {how.eval_proxy} holds no run that would say what its policy started from.")
+    start = RunDir(how.eval_proxy).config["training"]["model"]
+    proxy, reference = Policy.load(how.eval_proxy, how.precision), Policy.load(start, how.precision, seed=how.seed)
+    return Shift(proxy, reference, how.eval_strength)
 
 
 def _by_feedback(

@@ -32,6 +32,7 @@ class MetricKind:
 
 _KINDS = {
     "reward": MetricKind("mean reward", 1),
+    "accuracy": MetricKind("accuracy", 1, (0.0, 1.0)),
     "preference/accuracy": MetricKind("preference accuracy", 1, (0.0, 1.0)),
     "preference/margin": MetricKind("implicit reward margin", 1),
     "nll": MetricKind("NLL (nats per token)", -1),
@@ -42,6 +43,9 @@ _KINDS = {
     "success": MetricKind("success rate", 1, (0.0, 1.0)),
     "steps": MetricKind("episode length (steps)"),
     "truncated": MetricKind("truncated share", -1, (0.0, 1.0)),
+    "cost": MetricKind("cost over that of the shortest path", -1),
+    "nodes": MetricKind("generated nodes", -1),
+    "growth": MetricKind("doublings of the generated nodes", -1),
 }
 
 
@@ -49,7 +53,7 @@ def kind_of(metric: str) -> MetricKind:
     """How `metric` reads; names without an entry (`pass@8`, `reward/format`) get theirs from their first part."""
     if metric.startswith("pass@"):
         return MetricKind(metric, 1, (0.0, 1.0))
-    return _KINDS.get(metric) or MetricKind(metric, 1 if metric.startswith("reward/") else 0)
+    return _KINDS.get(metric) or MetricKind(metric, _KINDS.get(metric.partition("/")[0], MetricKind("")).better)
 
 
 @dataclass

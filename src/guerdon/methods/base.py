@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from guerdon.language.packing import Batch
     from guerdon.training.language import LanguageRun
 
-LearnsFrom = Literal["demonstrations", "preferences", "verifier", "transitions", "environment"]
-Kind = Literal["language", "control"]
+LearnsFrom = Literal["demonstrations", "preferences", "verifier", "transitions", "environment", "labels"]
+Kind = Literal["language", "control", "prompt"]
 Metrics = dict[str, Any]  # numbers, or tensors of values of which the mean over the global batch is reported
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -48,7 +48,7 @@ def method(
     Args:
         name: as typed, `guerdon train NAME`.
         learns_from: the least that the feedback must say: demonstrations, preferences (or scores), or a verifier; of
-            control methods, whether they learn from logged transitions or in an environment.
+            control methods, whether they learn from logged transitions or in an environment; of prompt methods, labels.
         paper: id(s) of the paper(s) in the catalogue.
         policy: the kind of policy that is improved.
     """
@@ -154,6 +154,8 @@ class LanguageMethod(Method):
         check_range(vars(self), "warmup", high=1)
         check_range(vars(self), "adam_beta1", "adam_beta2", high=1, below=True)
         if training.task is None:
+            if training.data is None and self.learns_from != "verifier":
+                raise ConfigError("nothing to learn from is given: give either data or task; env is judged in alone.")
             if self.learns_from == "verifier":
                 raise ConfigError(
                     f"{self.name} learns from a verifier: give a task instead of data. "
@@ -266,6 +268,7 @@ _NEEDS = {
     "verifier": "a verifier (--task instead of --data)",
     "transitions": "logged transitions of an environment (minari:ID, .npz or .hdf5)",
     "environment": "an environment (--env instead of --data)",
+    "labels": "labelled items (text and label, or prompt and answer)",
 }
 
 
@@ -273,6 +276,8 @@ def can_learn(learns_from: LearnsFrom, says: set[str]) -> bool:
     """Whether feedback that says `says` (see `Feedback.says`) holds what a method learns from."""
     if learns_from == "demonstrations":
         return bool(says & {"demonstrations", "scores", "labels"})
+    if learns_from == "labels":
+        return bool(says & {"classes", "answers"})
     return learns_from == "preferences" and "preferences" in says
 
 

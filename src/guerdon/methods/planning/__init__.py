@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guerdon.methods.planning.search import Solution, a_star, deferred, q_star
+from guerdon.methods.planning.search import Solution, a_star, deferred, lookahead, q_star
 from guerdon.methods.planning.solving import solve
 
-__all__ = ["Solution", "a_star", "deferred", "q_star", "solve"]
+__all__ = ["Solution", "a_star", "deferred", "lookahead", "q_star", "solve"]

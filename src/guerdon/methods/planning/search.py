@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from guerdon.errors import ConfigError, DataError
+from guerdon.errors import ConfigError, DataError, InvariantError
 from guerdon.fields import check_range
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Solution:
         iterations: rounds of popping.
         lower: where the heuristic never overestimates no path costs less: the largest of the smallest priorities that
             were popped, or the cost where that is less.
-        memory: bytes of the nodes that were kept, with their edges.
+        node_bytes: memory of the nodes that were kept.
+        edge_bytes: memory of the edges that were kept beside them, in Q* search 4 bytes for each action of a node.
         seconds: by the clock, from the start of all instances to the end of this one.
     """
 
@@ -55,7 +56,8 @@ class Solution:
     heuristic_calls: int
     iterations: int
     lower: float
-    memory: int
+    node_bytes: int
+    edge_bytes: int
     seconds: float
 
 
@@ -86,6 +88,7 @@ def a_star(
     Raises:
         ConfigError: options out of range, or numba is not installed.
         DataError: starts of another shape.
+        InvariantError: the heuristic says nan.
     """
     return _search(puzzle, h, starts, False, weight, batch, stop, max_nodes)
 
@@ -107,7 +110,8 @@ def q_star(
     is generated.
 
     Args:
-        q: states (N, L) uint8 to estimates (N, A) of the cost to the goal by way of each action, kept as float32.
+        q: states (N, L) uint8 to estimates (N, A) of the cost to the goal by way of each action, kept as float32;
+            infinite for an action that is not to be taken.
         starts: (I, L) uint8.
         weight: of the path's cost, in [0, 1]; 0 is greedy.
         stop: "bound" when the smallest popped priority reaches weight * cost of the best path: optimal for weight 1 and
@@ -117,12 +121,26 @@ def q_star(
     Raises:
         ConfigError: options out of range, or numba is not installed.
         DataError: starts of another shape.
+        InvariantError: the heuristic says nan.
     """
     return _search(puzzle, q, starts, True, weight, batch, stop, max_nodes)
 
 
+def lookahead(puzzle: Puzzle, h: Heuristic) -> Heuristic:
+    """q(s, a) = c(s, a) + h(s'), which looks at all children: for an h that is cheap, and for comparisons."""
+
+    def q(states: np.ndarray) -> np.ndarray:
+        children = puzzle.expand(states).reshape(-1, puzzle.places)
+        return puzzle.costs + np.where(puzzle.solved(children), 0.0, h(children)).reshape(len(states), -1)
+
+    return q
+
+
 def deferred(puzzle: Puzzle, h: Heuristic, weight: float = 1.0) -> Heuristic:
-    """The q with which `q_star` is A* with deferred evaluation: a child's priority is its path and its parent's h."""
+    """The q with which `q_star` is A* with deferred evaluation: a child's priority is its path and its parent's h.
+
+    It may overestimate where h does not, so that paths need not be shortest.
+    """
     return lambda states: weight * puzzle.costs + h(states)[:, None]
 
 
@@ -227,6 +245,8 @@ class _Frontier:
         ends = self.pool.goal[nodes]
         asked = nodes[~ends] if ends.any() else nodes
         values = heuristic(self.pool.states[asked]) if len(asked) else np.zeros(0)
+        if np.isnan(values).any():
+            raise InvariantError("the heuristic says nan of a state, by which nothing can be ordered: was it trained?")
         if not self.edges:
             h = np.zeros(len(nodes))
             h[~ends] = values
@@ -241,7 +261,7 @@ class _Frontier:
         while node >= 0 and pool.parent[node] >= 0:
             actions.append(int(pool.action[node]))
             node = int(pool.parent[node])
-        kept = int(np.count_nonzero(pool.owner[: self.count] == i))
+        kept, edges = int(np.count_nonzero(pool.owner[: self.count] == i)), pool.q[:1].nbytes
         return Solution(
             solved=bool(np.isfinite(found.upper[i])),
             cost=float(found.upper[i]),
@@ -250,7 +270,8 @@ class _Frontier:
             heuristic_calls=int(found.evaluated[i]),
             iterations=iterations,
             lower=float(min(found.lower[i], found.upper[i])),
-            memory=kept * sum(column[:1].nbytes for column in pool),
+            node_bytes=kept * (sum(column[:1].nbytes for column in pool) - edges),
+            edge_bytes=kept * edges,
             seconds=seconds,
         )
 

@@ -170,7 +170,7 @@ def preference_loss(
     return LOSSES[loss_type](chosen, rejected, beta, label_smoothing)
 
 
-@method("dpo", learns_from="preferences", paper=11)
+@method("dpo", learns_from="preferences", paper=(11, 12))
 @dataclass(kw_only=True)
 class DPO(LanguageMethod):
     """Direct preference optimisation: the policy's log-ratio to its start is the reward that explains the preferences.
@@ -178,8 +178,10 @@ class DPO(LanguageMethod):
     L = -log s( beta [log pi/pi_ref (y_w|x) - log pi/pi_ref (y_l|x)] )
 
     averaged over the pairs of the global batch (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), and the losses that
-    grew from it, by `loss_type` (see `LOSSES`) and `divergence` (see `divergence_slope`). Settings are the published
-    ones but for the optimiser: AdamW for RMSprop, and a tenth of the run as warm-up for 150 updates.
+    grew from it, by `loss_type` (see `LOSSES`) and `divergence` (see `divergence_slope`). SimPO (Meng et al. 2024,
+    arXiv 2405.14734) is `sigmoid_norm` that is `reference_free` with a `target_margin`; WPO (Zhou et al. 2024, arXiv
+    2406.11827) is `weighted`, by the product of the two answers' geometric mean token probabilities. Settings are the
+    published ones but for the optimiser: AdamW for RMSprop, and a tenth of the run as warm-up for 150 updates.
     """
 
     lr: float = 1e-6  # peak learning rate of AdamW
@@ -193,6 +195,8 @@ class DPO(LanguageMethod):
     alpha: float = 0.5  # of the alpha-divergence, between 0 (reverse KL) and 1 (forward KL)
     sft_coef: float = 0.0  # weight of the negative log-likelihood of the chosen completions, averaged over their tokens
     reference_free: bool = False  # log-probs instead of log-ratios: as if the start were uniform
+    target_margin: float = 0.0  # lead that the chosen reward should have; SimPO's gamma
+    weighted: bool = False  # pairs weigh by how likely the policy is to write them itself, as in WPO
     pairs: Pairing = "best-worst"  # which of a prompt's scored completions are compared
 
     def check(self) -> None:
@@ -208,6 +212,8 @@ class DPO(LanguageMethod):
             raise ConfigError("loss_type exo_pair needs label_smoothing above 0; the paper uses 0.001")
         if self.divergence != "reverse_kl" and self.loss_type in REVERSE_KL_ONLY:
             raise ConfigError(f"loss_type {self.loss_type} is derived for reverse_kl, not for {self.divergence}")
+        if self.target_margin and self.loss_type in REVERSE_KL_ONLY:
+            raise ConfigError(f"loss_type {self.loss_type} looks at each reward alone: it has no target_margin")
         if not 0 < self.alpha < 1:
             raise ConfigError(f"alpha is {self.alpha}: it must lie between 0 (reverse_kl) and 1 (forward_kl)")
 
@@ -228,7 +234,11 @@ class DPO(LanguageMethod):
         logratios = logps if self.reference_free else logps - batch.per_completion(batch.token_values["ref_logps"])
         rewards = implicit_rewards(logratios, batch.lengths, self.loss_type, self.beta, self.divergence, self.alpha)
         chosen, rejected = rewards[better], rewards[worse]
-        losses = preference_loss(chosen, rejected, self.loss_type, self.beta, self.label_smoothing)
+        lead = chosen - self.target_margin
+        losses = preference_loss(lead, rejected, self.loss_type, self.beta, self.label_smoothing)
+        if self.weighted:
+            average = (logps / batch.lengths.clamp(min=1)).detach()
+            losses = losses * (average[better] + average[worse]).exp().clamp(max=1.0)
         loss = losses.sum() / batch.totals["pairs"]
         metrics: Metrics = {
             "loss/preference": losses.detach(),
@@ -248,10 +258,10 @@ class DPO(LanguageMethod):
 
     def start_loss(self) -> float | None:
         """The loss where the policy equals its reference, ln 2 for DPO; None where it depends on the data."""
-        if self.reference_free or self.sft_coef:
+        if self.reference_free or self.sft_coef or self.weighted:
             return None
-        nothing = torch.zeros(1)
-        return float(preference_loss(nothing, nothing, self.loss_type, self.beta, self.label_smoothing))
+        nothing, lead = torch.zeros(1), torch.full((1,), -self.target_margin)
+        return float(preference_loss(lead, nothing, self.loss_type, self.beta, self.label_smoothing))
 
 
 @method("dpo-norm", learns_from="preferences", paper=17)

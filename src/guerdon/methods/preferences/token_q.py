@@ -11,15 +11,25 @@ tokenizer and chat template. Models are transformers causal LMs in evaluation mo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from guerdon.errors import ConfigError
 from guerdon.language.groups import Group
-from guerdon.language.sampling.base import Sampling
+from guerdon.language.sampling.base import Completion, Sampling, completion_seeds
 from guerdon.lazy import torch
+from guerdon.training.rundir import RunDir
+
+if TYPE_CHECKING:
+    from guerdon.feedback.records import Text
+    from guerdon.language.policy import Policy
+
+AT_ONCE = 16  # prompts that are searched together, for the memory of their keys and values
 
 # Reading
 
@@ -51,6 +61,31 @@ def credit_map(group: Group, logps: np.ndarray, ref_logps: np.ndarray, beta: flo
     rewards = iter(beta * (np.asarray(logps) - np.asarray(ref_logps)))
     by_segment = [np.array([next(rewards) if learned else 0.0 for learned in s.learn]) for s in group.segments]
     return [np.concatenate([by_segment[s] for s in group.path(c)]) for c in range(len(group))]
+
+
+def credits_of(run: str | Path) -> tuple[Policy, Callable[[Group], list[np.ndarray]]]:
+    """A run's policy, and the `credit_map` of any group by that policy against the one that the run started from.
+
+    Raises:
+        ConfigError: there is no finished run of a language policy, or its start has another tokenizer.
+    """
+    from guerdon.language.policy import Policy
+
+    if not RunDir.is_at(run) or not (Path(run) / "policy" / "config.json").is_file():
+        raise ConfigError(f"{run} holds no finished run of a language policy, whose tokens could be given credit.")
+    said = RunDir(run).config
+    policy, start = Policy.load(run), Policy.load(said["training"]["model"], seed=said["training"]["seed"])
+    _check_tokens(policy, start)
+    beta = said["options"].get("beta", 1.0)
+
+    def credit(group: Group) -> list[np.ndarray]:
+        policy.annotate([group], "logps")
+        start.annotate([group], "ref_logps")
+        learned = [s for s in group.segments if s.learn.any()]
+        own, ref = (np.concatenate([s.values[name][s.learn] for s in learned]) for name in ("logps", "ref_logps"))
+        return credit_map(group, own, ref, beta)
+
+    return policy, credit
 
 
 class SoftQ(NamedTuple):
@@ -304,3 +339,68 @@ def sample(
         kept = torch.tensor(rows, device=logits.device)
         logits = decoder.step(kept, tokens[kept])
     return answers
+
+
+class Shift(NamedTuple):
+    """How a policy has moved from where it started, to be added to another one; see `realign`."""
+
+    proxy: Policy
+    reference: Policy
+    strength: float = 1.0
+
+
+def decode(
+    policy: Policy,
+    prompts: Sequence[Text],
+    sampling: Sampling,
+    *,
+    n: int = 1,
+    beams: int = 0,
+    shift: Shift | None = None,
+    seed: int = 0,
+) -> list[list[Completion]]:
+    """Answers of a policy, or of one that is realigned, by beam search or by sampling.
+
+    Args:
+        prompts: strings, or lists of messages where the tokenizer has a chat template.
+        sampling: of `max_new_tokens`, and without beams of temperature and truncation.
+        n: samples of each prompt; a search gives one answer.
+        beams: of the search; 0 samples.
+        shift: what realigns the policy, by models with the same tokenizer.
+        seed: of the samples.
+
+    Raises:
+        ConfigError: the models of the shift have another tokenizer.
+    """
+    from guerdon.language.templates import prompt_ids, stop_ids
+
+    tokenizer, stop = policy.tokenizer, stop_ids(policy.tokenizer, policy.model.model)
+    for other in shift[:2] if shift is not None else ():
+        _check_tokens(policy, other)
+    ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
+    found: list[list[Hypothesis]] = []
+    with ExitStack() as plain:
+
+        def decoder_of(policy: Policy) -> Decoder:
+            return CausalDecoder(plain.enter_context(policy.model.plain()))
+
+        decoder = decoder_of(policy)
+        if shift is not None:
+            others = decoder_of(shift.proxy), decoder_of(shift.reference)
+            decoder = RealignedDecoder(decoder, *others, shift.strength)
+        for start in range(0, len(ids), AT_ONCE):
+            some = ids[start : start + AT_ONCE]
+            if beams:
+                found += beam_search(decoder, some, beams=beams, max_new_tokens=sampling.max_new_tokens, stop=stop)
+                continue
+            rows = [prompt for prompt in some for _ in range(n)]
+            seeds = [each for prompt in some for each in completion_seeds(n, seed, *prompt)]
+            drawn = sample(decoder, rows, seeds, sampling, stop)
+            found += [drawn[i * n : (i + 1) * n] for i in range(len(some))]
+    texts = iter(tokenizer.batch_decode([h.tokens for each in found for h in each], skip_special_tokens=True))
+    return [[Completion(list(h.tokens), np.empty(0), h.finished, next(texts)) for h in each] for each in found]
+
+
+def _check_tokens(policy: Policy, other: Policy) -> None:
+    if policy.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        raise ConfigError("token by token, policies can only be compared where they have the same tokenizer.")

@@ -4,7 +4,8 @@
     A   = whitened GAE(gamma, gae_lambda) of r and V,       returns = GAE + V
     L   = -mean_t min(r A, clip(r) A),   L_V = value_coef * 0.5 * mean_t max[(V - returns)^2, (V_clipped - returns)^2]
 
-The score is `bonus` times what the verifier says; a completion that did not end by itself gets -`no_eos_penalty`.
+The score is `bonus` times what the verifier says, and `reward_model_coef` times what a reward model says where there is
+one; a completion that did not end by itself gets -`no_eos_penalty` instead.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class PPO(LanguageMethod):
     kl_coef: float = 0.05  # weight of the KL to the starting policy, taken off the reward of each token
     bonus: float = 10.0  # score of a completion that the verifier accepts
     no_eos_penalty: float = 10.0  # taken instead of any score where a completion did not end by itself
+    reward_model: str | None = None  # directory of a reward model whose score is added; none: the verifier alone
+    reward_model_coef: float = 1.0  # weight of that score
     gamma: float = 1.0  # discount per token
     gae_lambda: float = 0.95  # weight of longer returns in the advantages
     clip_low: float = 0.2  # ratios below 1 - clip_low gain nothing more
@@ -81,7 +84,7 @@ class PPO(LanguageMethod):
     def setup(self, run: LanguageRun) -> None:
         """Start the value model from a reward model with its head, or from the policy with a head of zero."""
         from guerdon.language.models import load_model
-        from guerdon.language.policy import HEAD
+        from guerdon.language.policy import HEAD, Policy
 
         head = None
         if self.value_model is None:
@@ -93,10 +96,17 @@ class PPO(LanguageMethod):
 
                 head = load_file(saved)["weight"]
         self.critic = run.add_critic(model, self.value_lr, head)
+        if self.reward_model is not None:
+            self.judge = Policy.load(self.reward_model, run.config.precision)
+            if not hasattr(self.judge.model, "head"):
+                raise ConfigError(f"reward_model: {self.reward_model} has no head that scores completions.")
 
     def credit(self, groups: list[Group], rng: np.random.Generator) -> list[Group]:
         """Set `advantage` and `returns` per token, from the critic's values of the whole round."""
         self.critic.values(groups)
+        if self.reward_model is not None:
+            for group, rated in zip(groups, self.judge.rewards(groups), strict=True):
+                group.values["rated"] = np.array(rated, dtype=np.float32)
         return self.credit_values(groups) if groups else []
 
     def credit_values(self, groups: list[Group]) -> list[Group]:
@@ -134,8 +144,12 @@ class PPO(LanguageMethod):
         return credited
 
     def score(self, group: Group) -> np.ndarray:
-        """(n,) reward at the end of each completion: {-no_eos_penalty, 0, bonus} with a verifier of 0 and 1."""
-        return np.where(finished(group), self.bonus * group_scores(group), -self.no_eos_penalty)
+        """(n,) reward at the end of each completion: {-no_eos_penalty, 0, bonus} with a verifier of 0 and 1.
+
+        What a reward model said stands in the group's values as `rated`.
+        """
+        rated = self.reward_model_coef * group.values.get("rated", np.zeros(len(group)))
+        return np.where(finished(group), self.bonus * group_scores(group) + rated, -self.no_eos_penalty)
 
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, Metrics]:
         assert outputs.logps is not None

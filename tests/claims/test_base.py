@@ -49,6 +49,18 @@ def test_the_whole_interval_decides(criterion, low, high, verdict):
     assert criterion.judged(difference(low, high)) == verdict
 
 
+def test_a_criterion_may_speak_of_another_metric_of_which_less_is_better():
+    found = {
+        label: {s: Evaluation(["run"], {"return": np.zeros(1), "nodes/7": np.array([n])}, "return")
+                for s, n in enumerate(nodes)}
+        for label, nodes in {"ours": (10.0, 11.0, 12.0), "theirs": (100.0, 120.0, 140.0)}.items()
+    }  # fmt: skip
+    judged = judge_claim(claim(Above("ours", "theirs", metric="nodes/7")), {"here": found})
+    (criterion,) = judged["criteria"]
+    assert criterion["difference"]["value"] == pytest.approx(109) and judged["verdict"] == "holds"
+    assert criterion["says"] == "nodes/7: ours is above theirs"
+
+
 def test_runs_of_one_number_are_paired_by_their_seeds_and_the_interval_is_for_all_criteria():
     ours, theirs = np.array([3.0, 5.0, 4.0, 7.0]), np.array([1.0, 2.5, 2.0, 4.0])
     judged = judge_claim(
@@ -128,9 +140,12 @@ def test_stored_results_follow_from_their_seeds(paper):
     found = {where: {} for where in each.settings}
     for row in stored["rows"]:
         metric = row["metric"]
+        assert np.mean(list(row["seeds"].values())) == pytest.approx(row["score"]["value"])
         found[row["where"]][row["arm"]] = {
             int(seed): Evaluation(["run"], {metric: np.array([score])}, metric) for seed, score in row["seeds"].items()
         }
+    if any(row.get("items", 1) > 1 for row in stored["rows"]) or any(criterion.metric for criterion in each.criteria):
+        return  # the intervals are over items, too, or of numbers that are not kept
     again = judge_claim(each, found)
     assert (again["verdict"], again["criteria"]) == (stored["verdict"], stored["criteria"])
 

@@ -8,8 +8,9 @@ import torch
 
 from guerdon.claims import get_claim, paper_62
 from guerdon.claims.paper_56 import trial
-from guerdon.claims.training import late_returns, trained
+from guerdon.claims.training import late_returns, learned, shared, trained
 from guerdon.errors import GuerdonError
+from guerdon.methods.demonstrations.sft import SFT
 from guerdon.training.rundir import RunDir
 
 
@@ -51,6 +52,18 @@ def test_streaming_trains_its_seeds_in_one_run(tmp_path):
 def test_a_trial_that_fails_says_why(tmp_path):
     with pytest.raises(GuerdonError, match=r"train: exit status 2\n.*lr=1 is a step size for ObGD"):
         trained("stream-q", {"optimizer": "sgd"}, {"env": "CartPole-v1", "max_samples": 10, "seed": 0}, tmp_path)
+
+
+def test_trials_share_what_they_need_and_train_it_once(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    policies, times = [], []
+    for arm, seed in (("a", 0), ("b", 0), ("a", 1)):
+        with shared(tmp_path / "11/here" / arm / f"seeds-{seed}-{seed}", seed=seed, size=3) as place:
+            options = {"model": "tiny:layers=1,width=16,heads=2", "data": str(tmp_path / "data.jsonl"), "seed": seed}
+            policies.append(learned(SFT(max_length=32), place / "sft", **options))
+            times.append((place / "sft/policy/model.safetensors").stat().st_mtime_ns)
+    assert policies[0] == policies[1] != policies[2] and times[0] == times[1]
+    assert RunDir.open(place / "sft").status["state"] == "done"
 
 
 def test_on_policy_negative_aware_learning_has_the_gradient_of_dr_grpo():

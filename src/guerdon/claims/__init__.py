@@ -14,21 +14,24 @@ from functools import cache
 from guerdon.claims.base import Above, Alike, Claim, NotBelow
 from guerdon.errors import ConfigError
 
-__all__ = ["Above", "Alike", "Claim", "NotBelow", "all_claims", "get_claim"]
+__all__ = ["Above", "Alike", "Claim", "NotBelow", "all_claims", "claimed", "get_claim"]
 
 
 @cache
+def claimed() -> list[int]:
+    """The ids of the papers whose claims are written, which are not imported for it."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    return sorted(int(name.removeprefix("paper_")) for name in names if name.startswith("paper_"))
+
+
 def all_claims() -> dict[int, Claim]:
     """Every claim by the id of its paper."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name.startswith("paper_"))
-    claims = [importlib.import_module(f"{__name__}.{name}").CLAIM for name in names]
-    return {claim.paper: claim for claim in claims}
+    return {paper: get_claim(paper) for paper in claimed()}
 
 
 def get_claim(paper: int | str) -> Claim:
     """The claim of a paper by its id, `1`, `"1"` or `"01"`; `ConfigError` where there is none."""
-    claims = all_claims()
-    if not str(paper).isdecimal() or int(paper) not in claims:
-        known = ", ".join(f"{each:02d}" for each in claims)
+    if not str(paper).isdecimal() or int(paper) not in claimed():
+        known = ", ".join(f"{each:02d}" for each in claimed())
         raise ConfigError(f"there is no claim of a paper '{paper}': there are {known}. `guerdon claims` lists them.")
-    return claims[int(paper)]
+    return importlib.import_module(f"{__name__}.paper_{int(paper):02d}").CLAIM

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from guerdon.evaluation.comparison import ALPHA, PAIR_SEEDS_FROM, Row, judge
-from guerdon.evaluation.metrics import Evaluation, kind_of
+from guerdon.evaluation.metrics import Evaluation, aligned, kind_of
 from guerdon.evaluation.statistics import Difference, Interval, needed, paired_difference
 from guerdon.evaluation.wording import interval_text
 
@@ -31,17 +31,23 @@ class Criterion:
         arm, rival: labels; the difference is arm minus rival, turned so that more is better.
         margin: in units of the metric.
         where: which of the claim's settings it speaks of; empty where there is one alone.
+        metric: which of the trials' metrics; empty for the score.
     """
 
     arm: str
     rival: str
     margin: float = 0.0
     where: str = ""
+    metric: str = ""
 
     @property
     def bounds(self) -> tuple[float, float]:
         """The open interval in which the difference has to lie."""
         raise NotImplementedError
+
+    @property
+    def says(self) -> str:
+        return f"{self.metric}: {self}" if self.metric else str(self)
 
     def judged(self, difference: Difference) -> Verdict:
         low, high = self.bounds
@@ -94,9 +100,10 @@ class Claim:
         paper: its id in the catalogue.
         says: what is claimed, in one sentence.
         measures: what the score is, in words.
-        arms: label -> what is run, as plain data that `trial` understands: `method` and `options`, say. Labels of arms
-            and settings are names of folders, too.
-        settings: label -> data or environment and budget, as plain data; every arm is run in each.
+        arms: label -> what is run, as plain data that `trial` understands: `method` and `options`, say. An arm that
+            makes sense in some settings alone names them under `where`. Labels of arms and settings are names of
+            folders, too.
+        settings: label -> data or environment and budget, as plain data; every other arm is run in each.
         trial: `trial(arm, seeds, settings, directory)` gives seed -> evaluation. A function of a module, by whose name
             other processes find it, and whose result depends on nothing but arm, seeds and settings. `directory` is its
             own, to go on from where it was stopped. The items are held-out ones, or one where a run gives one number.
@@ -125,6 +132,10 @@ class Claim:
         """The settings of the full or of the quick version."""
         return {where: {**said, **(self.quick if quick else {})} for where, said in self.settings.items()}
 
+    def arms_of(self, where: str) -> dict[str, Mapping[str, Any]]:
+        """The arms that are run in a setting."""
+        return {label: arm for label, arm in self.arms.items() if where in arm.get("where", self.settings)}
+
     def place(self, criterion: Criterion) -> str:
         return criterion.where or next(iter(self.settings))
 
@@ -134,7 +145,9 @@ def judge_claim(claim: Claim, found: Mapping[str, Mapping[str, Mapping[int, Eval
 
     The intervals of the rows hold for each alone, at 95%; those of the criteria for all together (Bonferroni).
     """
-    judged = {where: [_row(label, arm, found[where][label]) for label, arm in claim.arms.items()] for where in found}
+    judged = {
+        where: [_row(label, arm, found[where][label]) for label, arm in claim.arms_of(where).items()] for where in found
+    }
     primaries = {where: judge(rows)[0] for where, rows in judged.items()}
     rows = [
         {
@@ -144,6 +157,7 @@ def judge_claim(claim: Claim, found: Mapping[str, Mapping[str, Mapping[int, Eval
             "score": asdict(row.metrics[primaries[where]]),
             "metrics": {name: interval.value for name, interval in row.metrics.items() if name != primaries[where]},
             "seeds": {str(seed): e.means()[primaries[where]] for seed, e in found[where][row.label].items()},
+            "items": len(next(iter(found[where][row.label].values())).items),
         }
         for where, rows in judged.items()
         for row in rows
@@ -167,13 +181,15 @@ def _row(label: str, arm: Mapping[str, Any], evaluations: Mapping[int, Evaluatio
 
 
 def _judged(criterion: Criterion, rows: Mapping[str, Row], primary: str, claim: Claim) -> dict[str, Any]:
-    kind, alpha = kind_of(primary), ALPHA / len(claim.criteria)
-    arm, rival = rows[criterion.arm], rows[criterion.rival]
-    sign = kind.better or 1
+    metric = criterion.metric or primary
+    kind, alpha = kind_of(metric), ALPHA / len(claim.criteria)
+    evaluations = [rows[label].evaluations for label in (criterion.arm, criterion.rival)]
+    scores = (kind.better or 1) * aligned([*evaluations[0], *evaluations[1]], metric)[0]
+    arm, rival = np.split(scores, [len(evaluations[0])])
     difference = paired_difference(
-        sign * arm.scores,
-        sign * rival.scores,
-        paired_seeds=len(arm.scores) >= PAIR_SEEDS_FROM,
+        arm,
+        rival,
+        paired_seeds=len(arm) >= PAIR_SEEDS_FROM,
         bounded=kind.span is not None,
         confidence=1 - alpha,
     )
@@ -181,9 +197,9 @@ def _judged(criterion: Criterion, rows: Mapping[str, Row], primary: str, claim: 
     if verdict == "cannot be told":
         slack = min(abs(difference.value - bound) for bound in criterion.bounds)
         enough = needed(replace(difference, value=slack), alpha=alpha)
-        would_do = enough.items if len(arm.scores) == 1 else enough.seeds
+        would_do = enough.items if len(arm) == 1 else enough.seeds
     return {
-        "says": str(criterion),
+        "says": criterion.says,
         "where": claim.place(criterion),
         "arm": criterion.arm,
         "rival": criterion.rival,

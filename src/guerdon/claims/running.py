@@ -105,7 +105,7 @@ def reproduce(
         raise ConfigError(f"reproduce: jobs has to be at least 1, not {jobs}.")
     out = Path(out) / (f"{claim.paper:02d}-quick" if quick else f"{claim.paper:02d}")
     tasks = _tasks(claim, out, count, quick)
-    found: Found = {where: {label: {} for label in claim.arms} for where in claim.settings}
+    found: Found = {where: {label: {} for label in claim.arms_of(where)} for where in claim.settings}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -162,7 +162,7 @@ def describe(claim: Claim) -> dict[str, Any]:
         "settings": claim.version(quick=False),
         "seeds": claim.seeds,
         "minutes": claim.minutes,
-        "criteria": [{"says": str(each), "where": claim.place(each)} for each in claim.criteria],
+        "criteria": [{"says": each.says, "where": claim.place(each)} for each in claim.criteria],
         "result": result and {**{k: result[k] for k in ("verdict", "sentences", "seeds")}, **result["environment"]},
     }
 
@@ -173,7 +173,7 @@ def _tasks(claim: Claim, out: Path, seeds: int, quick: bool) -> list[Task]:
         Task(claim.trial, where, label, arm, settings, block, out / where / label / f"seeds-{_span(block)}")
         for block in blocks
         for where, settings in claim.version(quick).items()
-        for label, arm in claim.arms.items()
+        for label, arm in claim.arms_of(where).items()
     ]
 
 

@@ -6,22 +6,14 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
-
 from guerdon.evaluation.statistics import Interval
 from guerdon.evaluation.wording import interval_text
-from guerdon.report.plots import IntervalPlot
+from guerdon.report.plots import interval_image
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 STYLES = {"holds": "green", "does not hold": "red", "cannot be told": "yellow"}
-CSS = """
- text { font: 12px system-ui, sans-serif; fill: #5d6671 } .title { font-weight: 600 } .cell text { font-size: 10.5px }
- circle { fill: #0b69a8 } .interval { stroke: #0b69a8; stroke-width: 2; fill: none }
- .seed { stroke: #0b69a8; opacity: .5; fill: none } .grid { stroke: #8d96a0; fill: none }
-"""
-NAMES = 200  # pixels left of the plots
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
@@ -36,7 +28,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         scores.add_column(name, justify="left" if name in ("setting", "arm") else "right")
     for where, rows in groupby(result["rows"], key=lambda row: row["where"]):
         for i, row in enumerate(rows):
-            others = [f"{row['metrics'][name]:.3g}" for name in _metrics(result)]
+            others = [f"{row['metrics'][name]:.3g}" if name in row["metrics"] else "" for name in _metrics(result)]
             scores.add_row(
                 "" if i else escape(where), escape(row["arm"]), interval_text(Interval(**row["score"])), *others
             )
@@ -70,31 +62,13 @@ def overview(claims: Sequence[Mapping[str, Any]]) -> Table:
 
 def plot(result: Mapping[str, Any]) -> str:
     """The arms' scores with 95% intervals and their seeds as ticks, one axis for each setting: an SVG image."""
-    y, parts = 0, []
-    for where, group in groupby(result["rows"], key=lambda row: row["where"]):
-        rows = list(group)
-        intervals = [Interval(**row["score"]) for row in rows]
-        seeds: Sequence[list[float]] = [list(row["seeds"].values()) for row in rows]
-        cells = IntervalPlot(intervals, [score for each in seeds for score in each])
-        y += 22
-        parts.append(_text(y - 6, where, "title"))
-        for row, interval, points in zip(rows, intervals, seeds, strict=True):
-            parts += [_text(y + 15, row["arm"]), _at(y, cells.row(interval, None, points))]
-            y += cells.height
-        parts.append(_at(y, cells.scale()))
-        y += 22
-    opening = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" width="{0}" height="{1}">')
-    style = Markup("<style>{}</style>").format(Markup(CSS))
-    return Markup("").join([opening.format(NAMES + IntervalPlot.width, y), style, *parts, Markup("</svg>\n")])
+    return interval_image(
+        [
+            (where, [(row["arm"], Interval(**row["score"]), list(row["seeds"].values())) for row in rows])
+            for where, rows in groupby(result["rows"], key=lambda row: row["where"])
+        ]
+    )
 
 
 def _metrics(result: Mapping[str, Any]) -> list[str]:
-    return list(result["rows"][0]["metrics"])
-
-
-def _text(y: int, text: str, css: str = "") -> Markup:
-    return Markup('<text x="8" y="{}" class="{}">{}</text>').format(y, css, text)
-
-
-def _at(y: int, cell: Markup) -> Markup:
-    return Markup('<g transform="translate({},{})">{}</g>').format(NAMES, y, cell)
+    return list(dict.fromkeys(name for row in result["rows"] for name in row["metrics"]))

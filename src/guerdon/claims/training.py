@@ -1,17 +1,23 @@
-"""Trials that train: a run of `guerdon train` in a process of its own, resumed where it was stopped."""
+"""Trials that train: runs in processes of their own or in this one, resumed where they were stopped."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from guerdon.errors import GuerdonError
 from guerdon.evaluation.trials import Progress, Trial, guerdon_command, locked, run_trials
 from guerdon.lazy import torch
 from guerdon.training.rundir import RunDir
+
+if TYPE_CHECKING:
+    from guerdon.methods.base import LanguageMethod
 
 
 class Diverged(GuerdonError):
@@ -48,6 +54,48 @@ def trained(method: str, options: Mapping[str, Any], training: Mapping[str, Any]
         failed = Diverged if re.search(r"loss/\S+ is (nan|-?inf)", progress.error) else GuerdonError
         raise failed(f"{run}: the trial failed at {progress.error}")
     return RunDir.open(run)
+
+
+@contextmanager
+def shared(directory: Path, **identity: Any) -> Iterator[Path]:
+    """A place beside the trials for what several of them need: those with the same `identity` have it in turn.
+
+    Args:
+        directory: of one of these trials, `OUT/NN/SETTING/ARM/seeds-A-B`.
+    """
+    name = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
+    place = directory.parents[2] / "shared" / name
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / ".lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield place
+
+
+def learned(method: LanguageMethod, directory: Path, **training: Any) -> str:
+    """The language policy that a method leaves in `directory`, trained in this process, on one thread, to its end.
+
+    A run that was stopped goes on where it stood, and one that is done is not run again. Nothing is held out.
+
+    Args:
+        **training: fields of `LanguageTraining`.
+    """
+    from guerdon.training.config import LanguageTraining
+    from guerdon.training.distributed import Distribution
+    from guerdon.training.language import LanguageRun
+    from guerdon.training.runner import run_loop
+
+    config = LanguageTraining(holdout=0.0, out=str(directory), **training)
+    rundir = RunDir(directory)
+    if not RunDir.is_at(directory):
+        rundir = RunDir.create(directory, method.name, method.options(), vars(config))
+    if rundir.status["state"] != "done":
+        with one_thread():
+            run = LanguageRun(method, config, Distribution.start(), directory)
+            method.setup(run)
+            if rundir.latest_checkpoint() is None:
+                run.forget_samples(0)
+            run_loop(run, method, rundir, config)
+    return str(directory / "policy")
 
 
 def late_returns(run: RunDir, seeds: Sequence[int], share: float) -> list[float]:

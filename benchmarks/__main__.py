@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-NAMES = ("dpo", "reward_model", "grpo_update", "sampling", "memory")
+NAMES = ("dpo", "reward_model", "grpo_update", "sampling", "scoring", "memory")
 
 
 def main() -> None:

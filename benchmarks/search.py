@@ -16,13 +16,12 @@ import numpy as np
 from benchmarks import common
 
 BAR = 10.0
-DEPTH = 4  # moves of the scrambles
 NETWORKS = {"small": ((64, 64), 1), "published": ((5000, 1000), 4)}  # layers, residual blocks
 WORK = {
-    "small": (10, 10, 100),
-    "one by one": (20, 1, 1),
-    "published": (2, 2, 100),
-}  # instances, at once, popped at once
+    "small": (5, 5, 100, 4),
+    "one by one": (5, 1, 1, 3),
+    "published": (2, 2, 100, 3),
+}  # instances, at once, popped at once, moves of the scrambles
 
 
 def cube() -> Any:
@@ -58,17 +57,18 @@ def network(puzzle: Any, q: bool, size: str, precision: str) -> Any:
     return net
 
 
-def starts(puzzle: Any, instances: int) -> np.ndarray:
-    return puzzle.walk(np.full(instances, DEPTH), np.random.default_rng(0))
+def starts(puzzle: Any, instances: int, depth: int) -> np.ndarray:
+    return puzzle.walk(np.full(instances, depth), np.random.default_rng(0))
 
 
-def ours(precision: str, q: bool, size: str, instances: int, together: int, batch: int) -> Callable[[], Any]:
+def ours(
+    precision: str, q: bool, size: str, instances: int, together: int, batch: int, depth: int
+) -> Callable[[], Any]:
     from guerdon.methods.planning import a_star, q_star
 
     puzzle, _ = cube()
     values = network(puzzle, q, size, precision).heuristic()
-
-    states, search = starts(puzzle, instances), q_star if q else a_star
+    states, search = starts(puzzle, instances, depth), q_star if q else a_star
 
     def step() -> dict[str, Any]:
         found = []
@@ -79,7 +79,7 @@ def ours(precision: str, q: bool, size: str, instances: int, together: int, batc
     return step
 
 
-def deepxube(q: bool, size: str, instances: int, together: int, batch: int) -> Callable[[], Any]:
+def deepxube(q: bool, size: str, instances: int, together: int, batch: int, depth: int) -> Callable[[], Any]:
     import torch
     from deepxube.domains.cube3 import Cube3Goal, Cube3State
     from deepxube.factories.heuristic_factory import build_heur_nnet_par, heuristic_factory
@@ -110,7 +110,7 @@ def deepxube(q: bool, size: str, instances: int, together: int, batch: int) -> C
     values = build.get_nnet_fn(same, None, torch.device("cpu"), None)
     name = f"graph_{'q' if q else 'v'}.{batch}B_1.0W"
     functions = get_pathfind_functions(name.partition(".")[0], values, None)
-    states, goal = [Cube3State(state) for state in starts(puzzle, instances)], Cube3Goal(domain.goal_colors)
+    states, goal = [Cube3State(state) for state in starts(puzzle, instances, depth)], Cube3Goal(domain.goal_colors)
 
     @torch.inference_mode()
     def step() -> dict[str, Any]:
@@ -130,7 +130,8 @@ def measure(work: str, q: bool, threads: int, repeats: int) -> dict[str, Any]:
     """Steps of both sides in turn, and the ratio of their nodes per second; path costs have to be equal."""
     size = work if work in NETWORKS else "small"
     what = q, size, *WORK[work]
-    found: dict[str, Any] = {**dict(zip(("instances", "together", "batch"), WORK[work], strict=True)), "network": size}
+    said = zip(("instances", "together", "batch", "scramble"), WORK[work], strict=True)
+    found: dict[str, Any] = {**dict(said), "network": size}
     clock = "cpu" if threads == 1 else "wall"
     for precision in ("fp32", "bf16") if size == "published" else ("fp32",):
         with common.Side(threads, ours, precision, *what) as a, common.Side(threads, deepxube, *what) as b:
@@ -169,7 +170,7 @@ def main() -> None:
             name = f"{'Q*' if q else 'A*'} {work}"
             rows[name] = measure(work, q, **vars(options))
             show(name, rows[name], options.threads)
-    common.save("search", options.threads, rows)
+            common.save("search", options.threads, rows)
 
 
 if __name__ == "__main__":

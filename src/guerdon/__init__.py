@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from guerdon.api import (
+        advise,
         all_methods,
         collect,
         collect_episodes,
+        collect_trajectories,
+        collect_trees,
         compare,
         evaluate,
         export,
@@ -22,20 +25,26 @@ if TYPE_CHECKING:
         look,
         read_feedback,
         resume,
+        serve,
+        solve,
         train,
         train_chain,
         write_feedback,
         write_report,
     )
     from guerdon.errors import GuerdonError
+    from guerdon.papers.finding import search as papers
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GuerdonError",
+    "advise",
     "all_methods",
     "collect",
     "collect_episodes",
+    "collect_trajectories",
+    "collect_trees",
     "compare",
     "evaluate",
     "export",
@@ -43,8 +52,11 @@ __all__ = [
     "inspect",
     "load_policy",
     "look",
+    "papers",
     "read_feedback",
     "resume",
+    "serve",
+    "solve",
     "train",
     "train_chain",
     "write_feedback",
@@ -53,6 +65,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "papers":  # a package that is called
+        return importlib.import_module("guerdon.papers")
     if name in __all__:
         return getattr(importlib.import_module("guerdon.api"), name)
     raise AttributeError(f"module 'guerdon' has no attribute '{name}'")

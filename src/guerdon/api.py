@@ -22,6 +22,8 @@ from guerdon.methods.base import (
     check_sampling,
     get_method,
 )
+from guerdon.methods.planning.mcts import MCTS
+from guerdon.methods.planning.solving import solve
 from guerdon.training.config import Training
 
 if TYPE_CHECKING:
@@ -29,15 +31,20 @@ if TYPE_CHECKING:
     from guerdon.evaluation.comparison import Comparison
     from guerdon.evaluation.metrics import Evaluation
     from guerdon.language.policy import Policy
+    from guerdon.language.prompting import PromptPolicy
+    from guerdon.papers.advice import Advice
     from guerdon.training.progress import Progress
     from guerdon.training.rundir import RunDir
 
 __all__ = [
     "GuerdonError",
+    "advise",
     "all_methods",
     "claims",
     "collect",
     "collect_episodes",
+    "collect_trajectories",
+    "collect_trees",
     "compare",
     "evaluate",
     "export",
@@ -48,6 +55,8 @@ __all__ = [
     "read_feedback",
     "reproduce",
     "resume",
+    "serve",
+    "solve",
     "train",
     "train_chain",
     "write_feedback",
@@ -88,6 +97,7 @@ def inspect(
     split: str = "train",
     skip_bad: bool = False,
     limit: int | None = None,
+    against: str | None = None,
 ) -> dict[str, Any]:
     """What feedback or logged transitions hold, what is odd in them, and which methods can learn from them.
 
@@ -103,6 +113,7 @@ def inspect(
         split: of a dataset that has several.
         skip_bad: go on past rows that cannot be read; they are counted and listed.
         limit: read at most this many rows.
+        against: feedback that policies will be tested on, whose prompts should not be among these.
 
     Raises:
         DataError: what cannot be read, with file, line and column.
@@ -120,7 +131,8 @@ def inspect(
         def count(texts: list[str]) -> list[int]:
             return [len(ids) for ids in tokenizer(texts).input_ids]
 
-    found = inspect_feedback(feedback, count, max_length)
+    test = None if against is None else read_feedback(against, skip_bad=skip_bad)
+    found = inspect_feedback(feedback, count, max_length, test)
     methods, says = all_methods(), feedback.says()
     found["methods"] = [name for name, cls in methods.items() if can_learn(cls.learns_from, says)]
     verified = [name for name, cls in methods.items() if cls.learns_from == "verifier"]
@@ -144,8 +156,25 @@ def _inspect_transitions(source: str) -> dict[str, Any]:
     return found
 
 
+def advise(source: str, *, model: str = "smollm2-135m", env: str | None = None, verifier: str | None = None) -> Advice:
+    """Which methods fit feedback, transitions or an environment, and how to compare the most promising.
+
+    See `guerdon.papers.advice.advise`.
+    """
+    from guerdon.papers.advice import advise
+
+    return advise(source, model=model, env=env, verifier=verifier)
+
+
 def look(
-    source: str, *, model: str, records: int = 3, max_length: int = 2048, split: str = "train", skip_bad: bool = False
+    source: str,
+    *,
+    model: str,
+    records: int = 3,
+    max_length: int = 2048,
+    split: str = "train",
+    skip_bad: bool = False,
+    credit: bool = False,
 ) -> dict[str, Any]:
     """The first records as the loss sees them, as plain data; see `guerdon.language.look.look`.
 
@@ -156,6 +185,8 @@ def look(
         max_length: tokens of a prompt with one completion, beyond which it would be cut.
         split: of a dataset that has several.
         skip_bad: go on past rows that cannot be read.
+        credit: what each token earns by the implicit reward of `model`, the run of a language method: beta (1 where the
+            method has none) times its log-ratio to the run's start.
 
     Raises:
         DataError: what cannot be read, with file, line and column.
@@ -164,7 +195,12 @@ def look(
 
     check_range({"max_length": max_length, "records": records}, "max_length", "records", low=1)
     feedback = read_feedback(source, skip_bad=skip_bad, split=split)
-    return look(feedback.records, _tokenizer(model, feedback.records), records, max_length=max_length)
+    if not credit:
+        return look(feedback.records, _tokenizer(model, feedback.records), records, max_length=max_length)
+    from guerdon.methods.preferences.token_q import credits_of
+
+    policy, of_group = credits_of(model)
+    return look(feedback.records, policy.tokenizer, records, max_length=max_length, credit=of_group)
 
 
 def collect(
@@ -240,6 +276,87 @@ def collect_episodes(
     return collect(env, policies=policy, out=out, episodes=episodes, noises=noise, seed=seed, progress=progress)
 
 
+def collect_trajectories(
+    env: str,
+    *,
+    policy: Sequence[str] = ("random",),
+    out: str | Path,
+    episodes: int = 100,
+    n: int = 1,
+    split: str = "train",
+    noise: float = 0.0,
+    thoughts: bool = False,
+    feedback: Sequence[str] = (),
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    sampler: str = "local",
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Act in an environment in words and keep the episodes; see `guerdon.tasks.text.collect.collect`.
+
+    Args:
+        env: as `guerdon.tasks.text.make_text` takes it, with or without `text:` before it.
+    """
+    from guerdon.language.sampling.base import Sampling
+    from guerdon.tasks.text.collect import collect
+
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    check_sampling(vars(sampling))
+    check_range({"episodes": episodes, "n": n}, "episodes", "n", low=1)
+    check_range({"seed": seed}, "seed")
+    return collect(
+        env.removeprefix("text:"),
+        policies=policy,
+        out=out,
+        episodes=episodes,
+        n=n,
+        split=split,
+        noise=noise,
+        thoughts=thoughts,
+        feedback=feedback,
+        sampling=sampling,
+        sampler=sampler,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def collect_trees(
+    env: str,
+    *,
+    policy: str = "random",
+    out: str | Path,
+    trees: int = 100,
+    how: MCTS | None = None,
+    max_length: int = 2048,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """Search the tasks of an environment in words; see `guerdon.methods.planning.trees.collect_trees`.
+
+    Args:
+        env: as `guerdon.tasks.text.make_text` takes it, with or without `text:` before it.
+        how: of the search.
+        **options: `split`, `chosen`, `min_gap`, `thoughts`, `sampler`, `progress`.
+    """
+    from guerdon.language.sampling.base import Sampling
+    from guerdon.methods.planning.trees import collect_trees
+
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    check_sampling(vars(sampling))
+    check_range({"trees": trees, "max_length": max_length}, "trees", "max_length", low=1)
+    check_range({"seed": seed}, "seed")
+    given = {"trees": trees, "how": how, "max_length": max_length, "seed": seed, **options}
+    return collect_trees(env.removeprefix("text:"), policy=policy, out=out, sampling=sampling, **given)
+
+
 def train(method: str | Method, *, progress: Progress | None = None, **options: Any) -> RunDir:
     """Improve a policy with one method; the run directory that comes back can be evaluated, resumed and exported.
 
@@ -287,8 +404,8 @@ def evaluate(policy: str | Path, *, max_length: int = 2048, **training: Any) -> 
     """Judge a policy on held-out items, and write `evaluation.json` into its run directory, or into `out`.
 
     Args:
-        policy: a run directory, any model that `LanguageTraining.model` takes, or `random`, the control policy that
-            draws its actions blindly.
+        policy: a run directory, any model that `LanguageTraining.model` takes, `random`, the control policy that
+            draws its actions blindly, or `full-prompt:MODEL`, the few-shot prompt of a model.
         max_length: with feedback: tokens of a prompt with one completion; longer ones are cut.
         **training: fields of `LanguageTraining` (`data`, `task`, `eval_samples`, `seed`, ...) or `ControlTraining`
             (`env`, `eval_episodes`, ...); a run's own where they are not given.
@@ -298,7 +415,7 @@ def evaluate(policy: str | Path, *, max_length: int = 2048, **training: Any) -> 
     """
     from guerdon.evaluation.metrics import save_evaluations
     from guerdon.runs import evaluate
-    from guerdon.training.config import ControlTraining, LanguageTraining
+    from guerdon.training.config import FULL_PROMPT, TEXT, ControlTraining, LanguageTraining, PromptTraining
     from guerdon.training.rundir import RunDir
 
     check_range({"max_length": max_length}, "max_length", low=1)
@@ -310,11 +427,19 @@ def evaluate(policy: str | Path, *, max_length: int = 2048, **training: Any) -> 
             )
         own, cls = run.config["training"], get_method(run.config["method"]).training
         if cls is LanguageTraining and {"data", "task"} & set(training):
+            own["env"] = None
             own |= {"data": None, "eval_data": None, "task": None, "verifier": None, "max_samples": 0}
         config: Training = build(cls, {**own, "out": str(policy), **training}, "evaluate")
         out: Path | None = Path(config.out)
+    elif str(training.get("env") or "").startswith(TEXT):
+        config = build(LanguageTraining, {"model": str(policy), **training}, "evaluate")
+        out = Path(config.out) if "out" in training else None
     elif str(policy) == "random" or "env" in training:
         config = build(ControlTraining, training, "evaluate")
+        out = Path(config.out) if "out" in training else None
+    elif str(policy).startswith(FULL_PROMPT):
+        model = str(policy).removeprefix(FULL_PROMPT)
+        config = build(PromptTraining, {"model": model, **training}, "evaluate")
         out = Path(config.out) if "out" in training else None
     elif {"data", "task"} & set(training):
         config = build(LanguageTraining, {"model": str(policy), **training}, "evaluate")
@@ -415,21 +540,66 @@ def write_report(directory: str | Path, out: str | Path | None = None) -> Path:
     return write_report(directory, out)
 
 
-def load_policy(path: str | Path, *, precision: str = "auto") -> Policy | ControlPolicy:
+def load_policy(path: str | Path, *, precision: str = "auto") -> Policy | ControlPolicy | PromptPolicy:
     """The policy of a run directory, or of any model that `LanguageTraining.model` takes.
 
-    A language policy answers, and rates with its head; a control policy acts, one of its seeds as all of them.
+    A language policy answers, and rates with its head; a control policy acts, one of its seeds as all of them; a prompt
+    policy answers items.
 
     Args:
         precision: auto, fp32 or bf16, of a language model's matmuls.
     """
     from guerdon.control.policy import ControlPolicy
+    from guerdon.language.prompting import PromptPolicy
 
-    if (directory := next(filter(ControlPolicy.is_at, (Path(path) / "policy", Path(path))), None)) is not None:
+    places = (Path(path) / "policy", Path(path))
+    if (directory := next(filter(ControlPolicy.is_at, places), None)) is not None:
         return ControlPolicy.load(directory)
+    if (directory := next(filter(PromptPolicy.is_at, places), None)) is not None:
+        return PromptPolicy.load(directory, precision)
     from guerdon.language.policy import Policy
 
     return Policy.load(path, precision)
+
+
+def serve(
+    policy: str | Path,
+    *,
+    name: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    precision: str = "auto",
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve a language policy behind an OpenAI-compatible address until Ctrl-C; see `guerdon.llm.serving`.
+
+    Args:
+        policy: a run directory, or any model that `LanguageTraining.model` takes.
+        name: by which requests call it; without one the last part of `policy`.
+        host: where it listens; anything but this machine lets everybody in who can reach it.
+        port: 0 takes one that is free.
+        precision: auto, fp32 or bf16, of the model's matmuls.
+        say: is told the address once the server listens.
+
+    Raises:
+        ConfigError: no such model, one of a control policy, or a port that cannot be had.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"serve needs the package {error.name}: `pip install 'guerdon[serve]'` brings it.") from error
+    from guerdon.language.policy import Policy
+    from guerdon.llm.serving import serve
+
+    loaded = load_policy(policy, precision=precision)
+    if not isinstance(loaded, Policy):
+        raise ConfigError(f"{policy} is a control policy: only language policies can be served.")
+    serve(loaded, name=name or _name_of(str(policy)), host=host, port=port, say=say)
+
+
+def _name_of(policy: str) -> str:
+    return policy if policy.startswith("tiny:") else policy.rstrip("/").rpartition("/")[2]
 
 
 def _tokenizer(model: str, records: Sequence[Record]) -> Any:

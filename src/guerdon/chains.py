@@ -8,11 +8,12 @@ stages:
   - {name: dpo, method: dpo-norm, options: {beta: 1.0}, training: {data: {stage: samples}}}
 
 A stage starts from the last policy before it. What takes a model or a file of feedback (`model`, `data`, a method's
-`value_model`, the `models` and the `judge` of `collect`) can name a stage before it in its place, as `{stage: NAME}`.
+`value_model` and `reward_model`, the `models` and the `judge` of `collect`, `eval_agent`) can name a stage before it in
+its place, as `{stage: NAME}`.
 
     chain.json              what was asked for
     1-sft/, 3-dpo/          the stages' run directories; `merged/` holds the whole weights of a LoRA run
-    2-samples/              feedback.jsonl, what was collected
+    2-samples/              feedback.jsonl, what was collected; of a stage `mcts` trees.jsonl and trees.KIND.jsonl
     policy                  when all is done, a link to the last policy
 """
 
@@ -25,21 +26,23 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from guerdon import __version__, runs
-from guerdon.api import collect, configure
-from guerdon.errors import ConfigError, GuerdonError, near
+from guerdon.api import collect, collect_trees, configure
+from guerdon.errors import ConfigError, DataError, GuerdonError, near
 from guerdon.feedback.readers import Feedback
 from guerdon.feedback.records import Record
 from guerdon.feedback.writers import write_feedback
 from guerdon.fields import build, check_range, checked
 from guerdon.methods.base import LanguageMethod, check_sampling, get_method
+from guerdon.methods.planning.mcts import MCTS
 from guerdon.recipes import read_mapping
-from guerdon.training.config import LanguageTraining
+from guerdon.tasks.text import make_text
+from guerdon.training.config import TEXT, LanguageTraining
 from guerdon.training.progress import Progress, Silent
 from guerdon.training.rundir import RunDir
 
@@ -50,7 +53,12 @@ CHAIN = "chain.json"
 KEYS = ("stages", "training")
 STAGE_KEYS = ("name", "method", "options", "training")
 # What a `{stage: NAME}` may stand for, by the option it is given to.
-TAKES = {"data": ("feedback",), "judge": ("reward model",), "value_model": ("policy", "reward model")}
+TAKES = {
+    "data": ("feedback",),
+    "judge": ("reward model",),
+    "reward_model": ("reward model",),
+    "value_model": ("policy", "reward model"),
+}
 
 
 @dataclass(kw_only=True)
@@ -73,12 +81,33 @@ class Collect:
     name: ClassVar[str] = "collect"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Search(MCTS):
+    """Options of the stage `mcts`: trees of the tasks in `env`, searched with what the last policy proposes.
+
+    They give feedback of three kinds, of which later stages take one.
+    """
+
+    feedback: Literal["step-preference", "preference", "sft"] = "step-preference"  # what later stages learn from
+    trees: int = 100  # how many; each training task in turn
+    chosen: Literal["argmax", "path"] = "argmax"  # of a step's actions: the best one, or the one on the best way
+    min_gap: float = 0.0  # step pairs whose values differ by no more are left out
+    max_length: int = 2048  # tokens of a history with a step; the oldest turns of longer ones are left out
+    thoughts: bool = False  # ask for a thought before each action
+    max_new_tokens: int = 64  # tokens a reply may have
+    temperature: float = 1.0  # sampling temperature
+    top_k: int = 0  # sample among the k likeliest tokens; 0 among all
+    top_p: float = 1.0  # sample among the likeliest tokens that hold this probability
+
+    name: ClassVar[str] = "mcts"
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage, checked, with paths in the place of stages' names."""
 
     name: str
-    work: LanguageMethod | Collect
+    work: LanguageMethod | Collect | Search
     training: LanguageTraining
 
     @property
@@ -88,7 +117,7 @@ class Stage:
     @property
     def gives(self) -> str:
         """What later stages can take from it."""
-        if isinstance(self.work, Collect):
+        if not isinstance(self.work, LanguageMethod):
             return "feedback"
         return "reward model" if "scores" in self.work.wants else "policy"
 
@@ -96,6 +125,8 @@ class Stage:
     def result(self) -> Path:
         if isinstance(self.work, Collect):
             return self.directory / "feedback.jsonl"
+        if isinstance(self.work, Search):
+            return self.directory / f"trees.{self.work.feedback}.jsonl"
         return self.directory / ("merged" if self.training.lora_rank else "policy")
 
     @property
@@ -164,13 +195,15 @@ def _stage(
     if policies:
         training["model"] = own.get("model", str(policies[-1].result))
     options, name = _filled(said.get("options", {}), before), said["method"]
-    if name != Collect.name:
+    if name not in (Collect.name, Search.name):
         method = build(get_method(name), options, f"options of {name}")
         method, configured = configure(method, training, "training")
         if not (isinstance(method, LanguageMethod) and isinstance(configured, LanguageTraining)):
             raise ConfigError(f"{name} improves a {method.policy} policy, and the stages of a chain a language policy.")
         return Stage(said["name"], method, configured)
     config = build(LanguageTraining, training, "training")
+    if name == Search.name:
+        return Stage(said["name"], _search_of(options, config), config)
     if config.task is None or config.data is not None:
         raise ConfigError("training: collect answers the prompts of a task: give a task, and no data.")
     config.check()
@@ -178,6 +211,17 @@ def _stage(
     check_sampling(vars(work))
     check_range(vars(work), "n", "prompts", low=1)
     return Stage(said["name"], work, config)
+
+
+def _search_of(options: Mapping[str, Any], config: LanguageTraining) -> Search:
+    if config.env is None or config.task is not None or config.data is not None:
+        raise ConfigError("training: mcts searches the tasks of an environment: give env, and neither task nor data.")
+    config.check()
+    work = build(Search, options, f"options of {Search.name}")
+    work.check()
+    check_sampling(vars(work))
+    check_range(vars(work), "trees", "max_length", low=1)
+    return work
 
 
 def _filled(values: Mapping[str, Any], before: Sequence[Stage]) -> dict[str, Any]:
@@ -323,6 +367,8 @@ def _check_source(stage: Stage, made: set[str]) -> None:
         prompts = len(load_task(str(config.task), verifier=config.verifier).train)
         if work.prompts > prompts:
             raise ConfigError(f"'prompts' is {work.prompts}, and {config.task} has {prompts} to train on.")
+    elif isinstance(work, Search):
+        make_text(str(config.env).removeprefix(TEXT)).tasks("train")
     elif config.data in made:
         rated = Record("", ["", ""], [1.0, 0.0])
         work.check_feedback(Feedback("scored", [rated], str(config.data)))
@@ -334,6 +380,8 @@ def _finish(stage: Stage, progress: Progress) -> None:
     """Make what later stages take, where the run itself has not made it."""
     if isinstance(stage.work, Collect):
         _collect(stage, stage.work, progress)
+    elif isinstance(stage.work, Search):
+        _search(stage, stage.work, progress)
     elif stage.result.name == "merged":
         RunDir.open(stage.directory).write_directory(stage.result, partial(_merge, stage.directory / "policy"))
 
@@ -358,6 +406,22 @@ def _collect(stage: Stage, work: Collect, progress: Progress) -> None:
     for row, scores in zip(rows, _scores(rows, work.judge, config), strict=True):
         row["scores"] = scores
     write_feedback(stage.result, rows)
+
+
+def _search(stage: Stage, work: Search, progress: Progress) -> None:
+    search = {f.name for f in fields(MCTS)}
+    collect_trees(
+        str(stage.training.env),
+        policy=stage.training.model,
+        out=stage.directory / "trees.jsonl",
+        how=MCTS(**{name: getattr(work, name) for name in search}),
+        sampler=stage.training.sampler,
+        seed=stage.training.seed,
+        progress=lambda done, total: progress.note(f"{done} of {total} trees"),
+        **{name: value for name, value in vars(work).items() if name not in search | {"feedback"}},
+    )
+    if not stage.result.exists():
+        raise DataError(f"the trees in {stage.directory} give no {work.feedback}: search more, or by a better policy.")
 
 
 def _joined(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:

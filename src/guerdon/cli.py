@@ -62,6 +62,7 @@ class Inspect:
     split: str = "train"  # of a dataset that has several
     skip_bad: bool = False  # go on past rows that cannot be read; they are counted and listed
     limit: int | None = None  # read at most this many rows
+    against: str | None = None  # feedback for tests, whose prompts should not be among these: overlaps are found
     json: bool = False  # print JSON
 
     def run(self) -> None:
@@ -85,12 +86,35 @@ class Inspect:
 
 
 @dataclass
+class Advise:
+    """Say which methods fit feedback, logged transitions or an environment, and how to compare the most promising."""
+
+    source: Positional[str]  # feedback or transitions as `inspect` takes them, a Gymnasium id, or reasoning-gym:NAME
+    model: str = "smollm2-135m"  # that is to be trained, for the command
+    env: str | None = None  # where policies are judged, of transitions that do not say it
+    verifier: str | None = None  # of answers to prompts; without it one that fits the answers in the feedback
+    json: bool = False  # print JSON
+
+    def run(self) -> None:
+        from guerdon.papers.advice import advise, render
+
+        advice = advise(**_without(self, "json"))
+        if self.json:
+            _print_json(advice.as_dict())
+        else:
+            _console().print(render(advice), highlight=False)
+            for command in advice.commands:
+                print(f"\n{command}")
+
+
+@dataclass
 class Look:
     """Show records as the loss sees them: the rendered template, what is learned, what would be cut."""
 
     data: Positional[str]  # file, saved dataset directory or hub id
     model: str  # whose tokenizer and chat template render them
     records: int = 3  # how many, from the first on
+    credit: bool = False  # show what each token earns by the implicit reward of the run that --model names
     max_length: int = 2048  # tokens of a prompt with one completion
     split: str = "train"  # of a dataset that has several
     skip_bad: bool = False  # go on past rows that cannot be read; they are counted and listed
@@ -169,10 +193,105 @@ class CollectEpisodes:
             print(f"{self.out}: {count}, mean return {summary['return']:.4g}")
 
 
+@dataclass
+class CollectTrajectories:
+    """Act in an environment in words and keep the episodes, from which feedback of every kind can be made."""
+
+    env: str  # text:KIND:NAME?param=value, for example text:bandit:bernoulli, text:textworld:coin, text:babyai:GoToObj
+    out: str  # .jsonl file to which episodes are added
+    policy: tuple[str, ...] = ("random",)  # random, scripted, python:module.function, or models; several take turns
+    episodes: int = 100  # of all policies together
+    n: int = 1  # episodes of each policy and task
+    split: Literal["train", "valid", "test"] = "train"  # whose tasks
+    noise: float = 0.0  # chance of a random action at each step; it is not learned
+    thoughts: bool = False  # ask for a thought before each action
+    feedback: tuple[str, ...] = ()  # write beside it: sft, sft-each, preference, step-preference, unpaired, scored
+    max_new_tokens: int = 64  # tokens a reply may have
+    temperature: float = 1.0  # sampling temperature
+    top_k: int = 0  # sample among the k likeliest tokens; 0 among all
+    top_p: float = 1.0  # sample among the likeliest tokens that hold this probability
+    sampler: str = "local"  # local, vllm, or the address of an OpenAI-compatible server
+    seed: int = 0  # of environments and replies
+    json: bool = False  # print JSON
+
+    def run(self) -> None:
+        from guerdon.api import collect_trajectories
+
+        def progress(done: int, total: int) -> None:
+            print(f"{done} of {total} episodes", file=sys.stderr)
+
+        try:
+            summary = collect_trajectories(**_without(self, "json"), progress=progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted. The same command goes on with what was collected.") from None
+        if self.json:
+            _print_json(summary)
+            return
+        for name, found in summary["policies"].items():
+            print(f"{name}: success {found['success']:.1%}, mean return {found['return']:.4g}")
+        others = f" beside {summary['others']:,} that were there" * bool(summary["others"])
+        print(f"{self.out}: {summary['episodes']:,} episodes{others}")
+        for file, rows in summary["feedback"].items():
+            print(f"{file}: {rows:,} rows")
+
+
+@dataclass
+class Trees:
+    """What is searched."""
+
+    env: str  # text:KIND:NAME?param=value, for example text:keys:, text:textworld:coin, text:reasoning:chain_sum
+    out: str  # .jsonl file to which trees are added; NAME.KIND.jsonl beside it: step-preference, preference, sft
+    policy: str = "random"  # who proposes: a model, an address of one (http://...), random, or python:module.function
+    search: Literal["mcts"] = "mcts"  # Monte Carlo tree search
+    trees: int = 100  # how many; each task of the split in turn
+    split: Literal["train", "valid", "test"] = "train"  # whose tasks
+    chosen: Literal["argmax", "path"] = "argmax"  # of a step's actions: the best one, or the one on the best way
+    min_gap: float = 0.0  # step pairs whose values differ by no more are left out
+    max_length: int = 2048  # tokens of a history with a step; the oldest turns of longer ones are left out
+    thoughts: bool = False  # ask for a thought before each action
+    max_new_tokens: int = 64  # tokens a reply may have
+    temperature: float = 1.0  # sampling temperature
+    top_k: int = 0  # sample among the k likeliest tokens; 0 among all
+    top_p: float = 1.0  # sample among the likeliest tokens that hold this probability
+    sampler: str = "local"  # local, vllm, or the address of an OpenAI-compatible server
+    seed: int = 0  # of environments, replies and searches
+    json: bool = False  # print JSON
+
+
 def _collect(argv: list[str]) -> None:
     """Make feedback: sample and verify completions of a task (--task), or act in an environment (--env)."""
-    command = CollectEpisodes if "--env" in _typed(argv) else Collect
+    acting = CollectTrajectories if _in_words(argv) else CollectEpisodes
+    command = acting if "--env" in _typed(argv) else Collect
+    if "--search" in _typed(argv):
+        return _collect_trees(argv)
     _parse(command, argv, "collect", command.__doc__).run()
+
+
+def _collect_trees(argv: list[str]) -> None:
+    """Search the tasks of an environment in words, keep the trees, and write the preferences that they give."""
+    from guerdon.fields import options
+    from guerdon.methods.planning.mcts import MCTS
+
+    search = _section(MCTS, options(MCTS), {})
+    command = make_dataclass("CollectTrees", [("trees", Trees), ("search", search)])
+    start = command(Trees(tyro.MISSING, tyro.MISSING), search())
+    parsed = _parse(command, argv, "collect", _collect_trees.__doc__, start)
+    from guerdon.api import collect_trees
+
+    def progress(done: int, total: int) -> None:
+        print(f"{done} of {total} trees", file=sys.stderr)
+
+    trees: Trees = parsed.trees
+    try:
+        summary = collect_trees(**_without(trees, "search", "json"), how=MCTS(**vars(parsed.search)), progress=progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted. The same command goes on with what was collected.") from None
+    if trees.json:
+        _print_json(summary)
+        return
+    print(f"{trees.out}: {summary['trees']:,} trees, {summary['solved']:.1%} of them solved")
+    for file, rows in summary["feedback"].items():
+        print(f"{file}: {rows:,} rows")
 
 
 @dataclass
@@ -194,9 +313,51 @@ class Resume:
 class Judged:
     """What is judged."""
 
-    policy: Positional[str]  # run directory, any model that `train --model` takes, or `random` (with --env)
+    policy: Positional[str]  # run directory, any model that `train --model` takes, `random` (with --env), full-prompt:MODEL
     max_length: int = 2048  # with feedback: tokens of a prompt with one completion; longer ones are cut
     json: bool = False  # print JSON
+
+
+@dataclass
+class Solve:
+    """Scramble a puzzle and solve it by A* or Q* search, with a learned heuristic or without learning."""
+
+    policy: Positional[str]  # run directory of davi or qstar, or gap, manhattan or misplaced, which are not learned
+    env: str | None = None  # puzzle: cube3, puzzle15, lightsout7, pancake8, ...; with meta-actions cube3?meta=3
+    search: tuple[Literal["q-star", "a-star", "deferred"], ...] = ()  # searches to compare; Q* where there is a Q
+    instances: int = 10  # scrambled puzzles
+    scramble: int = 0  # moves of each scramble; 0 is the puzzle's own number
+    weight: float = 0.6  # of the path's cost: 1 is A* proper, 0 greedy
+    batch: int = 100  # nodes, or edges, that leave the queue together
+    max_nodes: int = 1_000_000  # give an instance up after so many generated nodes; 0 never does
+    seed: int = 0  # of the scrambles
+    index: int = 0  # which of the run's seeds, counted from 0
+    json: bool = False  # print JSON
+
+    def run(self) -> None:
+        from guerdon.methods.planning.solving import solve, tables
+
+        found = solve(self.policy, **_without(self, "policy", "json"))
+        if self.json:
+            _print_json(found)
+        else:
+            _console().print(*tables(found), sep="\n")
+
+
+@dataclass
+class Serve:
+    """Serve a language policy behind an OpenAI-compatible address, until Ctrl-C."""
+
+    policy: Positional[str]  # run directory, or any model that `train --model` takes
+    name: str | None = None  # by which requests call it; the last part of the policy without it
+    host: str = "127.0.0.1"  # where to listen; with another host everybody who can reach it may use the model
+    port: int = 8000  # 0 takes one that is free
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the model's matmuls
+
+    def run(self) -> None:
+        from guerdon.api import serve
+
+        serve(**vars(self), say=lambda line: print(line, flush=True))
 
 
 @dataclass
@@ -210,6 +371,35 @@ class Report:
         from guerdon.api import write_report
 
         print(write_report(self.directory, out=self.out))
+
+
+@dataclass
+class Papers:
+    """Find papers by words and tags: what they bring, what guerdon has of them, whether their claims held."""
+
+    query: Positional[tuple[str, ...]] = ()  # words; or one id, to see its entry in full
+    tag: tuple[str, ...] = ()  # only papers that have it; several: all of them
+    tags: bool = False  # list the tags instead
+    json: bool = False  # print JSON
+
+    def run(self) -> None:
+        from guerdon.papers import finding, showing
+
+        query = " ".join(self.query)
+        found = finding.search(query, tags=self.tag)
+        if self.tags:
+            from guerdon.papers import tags
+
+            listed = [dataclasses.asdict(tag) for tag in tags().values()]
+            _print_json(listed) if self.json else _console().print(showing.all_tags(found))
+        elif self.json:
+            _print_json([paper.as_dict() for paper in found])
+        elif not found:
+            print(f"No paper was found for '{query}'.{finding.nearest(query)} `guerdon papers --tags` lists the tags.")
+        elif len(found) == 1:
+            _console().print(showing.entry(found[0]), highlight=False)
+        else:
+            _console().print(showing.overview(found), highlight=False)
 
 
 @dataclass
@@ -355,7 +545,7 @@ def _flags(cls: type[Method], recipe: Recipe | None, argv: list[str]) -> tuple[M
             f"{cls.name}: its option '{clash[0]}' is also one of the runner's; call the method's otherwise."
         )
     said = recipe.options if recipe else {}
-    shared = ("guerdon.methods.base", "guerdon.methods.control")
+    shared = ("guerdon.methods.base", "guerdon.methods.control", "guerdon.methods.prompting.base")
     own = _section(cls, [o for o in options(cls) if o.owner.__module__ not in shared], said)
     loop = _section(cls, [o for o in options(cls) if o.owner.__module__ in shared], said)
     training = _training_section(cls.training, said=recipe.training if recipe else {})
@@ -401,12 +591,21 @@ def _evaluate(argv: list[str]) -> None:
 def _training_of_policy(argv: list[str]) -> type[Training]:
     """The options of the runner that go with the policy to be judged."""
     from guerdon.methods.base import get_method
-    from guerdon.training.config import ControlTraining, LanguageTraining
+    from guerdon.training.config import FULL_PROMPT, ControlTraining, LanguageTraining, PromptTraining
     from guerdon.training.rundir import RunDir
 
     if run := next(filter(RunDir.is_at, argv), None):
         return get_method(RunDir(run).config["method"]).training
+    if any(word.startswith(FULL_PROMPT) for word in argv):
+        return PromptTraining
+    if _in_words(argv):
+        return LanguageTraining
     return ControlTraining if "random" in argv or "--env" in _typed(argv) else LanguageTraining
+
+
+def _in_words(argv: list[str]) -> bool:
+    """Whether an environment in words is named."""
+    return any(word.removeprefix("--env=").startswith("text:") for word in argv)
 
 
 def _compare(argv: list[str]) -> int:
@@ -471,13 +670,17 @@ LIBRARIES = r"(accelerate|datasets|huggingface_hub|peft|safetensors|tokenizers|t
 COMMANDS: dict[str, type | Callable[[list[str]], int | None]] = {
     "methods": Methods,
     "inspect": Inspect,
+    "advise": Advise,
     "look": Look,
     "collect": _collect,
     "train": _train,
     "resume": Resume,
     "evaluate": _evaluate,
     "compare": _compare,
+    "solve": Solve,
+    "serve": Serve,
     "report": Report,
+    "papers": Papers,
     "claims": Claims,
     "reproduce": Reproduce,
     "export": Export,

@@ -168,7 +168,7 @@ _GRPO = Target(
     _ONLINE | {"scale": ("std", "none"), "advantage_eps": (1e-4,), "truncated": ("keep",)},
     online=True,
 )
-_DPO = Target("dpo", _dpo, {"reference_free": (False,)})
+_DPO = Target("dpo", _dpo, {"reference_free": (False,), "target_margin": (0.0,), "weighted": (False,)})
 TRL: dict[str, Target] = {
     "sft": Target("sft", _sft, {"average": ("tokens",)}),
     "dpo": _DPO,
@@ -196,6 +196,8 @@ def _settings(source: Path) -> tuple[str, dict[str, Any], LanguageTraining]:
     from guerdon.training.rundir import RunDir
 
     config = RunDir.open(source).config
+    if (cls := get_method(config["method"])).policy != "language":
+        raise ConfigError(f"export: TRL has no methods for {cls.policy} policies, such as {cls.name}.")
     return config["method"], config["options"], build(LanguageTraining, config["training"], str(source))
 
 

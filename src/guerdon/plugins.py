@@ -1,4 +1,5 @@
-"""Methods that live outside the package: files named on the command line, and packages that announce themselves.
+"""Code that lives outside the package: methods in files named on the command line, or in packages that announce
+themselves; and functions of the user, `python:module.function`.
 
 A plugin is a Python file that uses `@method`, or an entry point of the group `guerdon.methods` that names such a
 module. Files are remembered in the environment, so that the processes a comparison starts know the same methods.
@@ -9,10 +10,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
-from guerdon.errors import ConfigError
+from guerdon.errors import ConfigError, near
 
 VARIABLE = "GUERDON_PLUGINS"  # files, separated as in PATH
 
@@ -37,6 +40,34 @@ def load_plugins() -> None:
             raise ConfigError(f"plugin '{entry.name}' ({entry.value}) does not import: {_said(error)}") from error
 
 
+def import_function(path: str) -> Callable[..., Any]:
+    """The function at a dotted path, `module.function`; modules are found in the working directory too.
+
+    Raises:
+        ConfigError: no such module or function, or a module that fails to import.
+    """
+    module_name, _, name = path.rpartition(".")
+    if not module_name or not name:
+        raise ConfigError(f"'python:{path}' has to be python:module.function.")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
+            raise ConfigError(
+                f"python:{path}: there is no module '{error.name}' in {os.getcwd()} or among the installed packages."
+            ) from error
+        raise ConfigError(f"python:{path}: the module '{module_name}' does not import: {_said(error)}.") from error
+    if not callable(getattr(module, name, None)):
+        raise ConfigError(
+            f"python:{path}: {module.__file__ or module_name} has no function '{name}'.{near(name, vars(module))}"
+        )
+    function: Callable[..., Any] = getattr(module, name)
+    return function
+
+
 def _files() -> list[str]:
     return [path for path in os.environ.get(VARIABLE, "").split(os.pathsep) if path]
 
@@ -59,5 +90,5 @@ def _import_file(path: str) -> None:
         raise ConfigError(f"plugin {path} does not import: {_said(error)}") from error
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

@@ -54,9 +54,14 @@ CURVES = {
     "length/mean": "tokens per completion",
     "length/truncated_share": "share of completions cut at the limit",
     "optim/grad_norm": "gradient norm before clipping",
+    "search/best": "best fitness on the items of the search, which is no result",
+    "search/best_accuracy": "accuracy of that prompt on the items of the search, which is no result",
+    "search/mean": "mean fitness of the prompts at hand",
+    "search/length": "mean tokens of the prompts at hand",
+    "search/distinct": "different prompts tried",
 }
 GROUPS = (
-    ("Learning", ("eval/", "episode/", "reward/", "preference/", "loss/"), True),
+    ("Learning", ("eval/", "episode/", "reward/", "preference/", "loss/", "search/"), True),
     ("Health", ("policy/", "length/", "value/"), True),
     ("Optimiser", ("optim/",), False),
 )

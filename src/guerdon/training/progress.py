@@ -12,6 +12,7 @@ _SHOWN = {
     "episode/return": "return",
     "preference/accuracy": "accuracy",
     "policy/kl": "kl",
+    "search/best": "best",
 }
 _SECONDS_BETWEEN_LINES = 5.0
 _PARTS = 10_000  # of the bar

@@ -206,7 +206,7 @@ def _paper_list() -> str:
     for paper in PAPERS.values():
         have = [_method_link(name, "") for name in paper.methods if name in METHODS]
         said = [] if paper.claim.status == "none" else [f"claim: {paper.claim.status}"]
-        what = "<br>".join([paper.gist, *filter(None, [" · ".join([*have, *said])])])
+        what = "<br>".join([_prose(paper.gist), *filter(None, [" · ".join([*have, *said])])])
         rows.append([f"{paper.id:02d}", f"[{paper.name}]({_page(paper)})", what])
     return _table(["", "paper", "what it brings, what guerdon has of it"], rows)
 
@@ -224,9 +224,9 @@ def _paper(paper: Paper) -> str:
     have += [["recipes", ", ".join(f"`{name}`" for name in paper.recipes)]] if paper.recipes else []
     return "\n\n".join(
         [
-            f"# {paper.name}",
-            f"*{paper.title}* ([arXiv {paper.arxiv}]({paper.url})), paper {paper.id:02d} of the catalogue.",
-            paper.gist,
+            f"# {_prose(paper.name)}",
+            f"*{_prose(paper.title)}* ([arXiv {paper.arxiv}]({paper.url})), paper {paper.id:02d} of the catalogue.",
+            _prose(paper.gist),
             _table(["", ""], facts),
             "## In guerdon",
             _table(["", ""], have) if have else "Not yet.",
@@ -248,26 +248,26 @@ def _claim(paper: Paper) -> list[str]:
         _commands([f"guerdon reproduce {paper.id}"]),
     ]
     if paper.id not in RESULTS:
-        return [f"> {claim.says}", "The full version was never run.", *again]
+        return [f"> {_prose(claim.says)}", "The full version was never run.", *again]
     result = RESULTS[paper.id]
     ran, names = result["environment"], list(dict.fromkeys(name for row in result["rows"] for name in row["metrics"]))
     where = f"guerdon {ran['guerdon']}, {ran['cores']} cores of {ran['cpu']}, torch {ran['packages']['torch']}"
     rows = [
         [
-            row["where"],
-            row["arm"],
+            _prose(row["where"]),
+            _prose(row["arm"]),
             interval_text(Interval(**row["score"])),
             *(f"{row['metrics'][name]:.3g}" if name in row["metrics"] else "" for name in names),
         ]
         for row in result["rows"]
     ]
     return [
-        f"> {claim.says}",
-        f"**It {result['verdict']}**" if result["verdict"] != "cannot be told" else "**It cannot be told**",
-        "\n".join(f"- {sentence}" for sentence in result["sentences"][1:]),
+        f"> {_prose(claim.says)}",
+        f"**{result['sentences'][0]}**",
+        "\n".join(f"- {_prose(sentence)}" for sentence in result["sentences"][1:]),
         f"![{result['measures']} of every arm, with 95% intervals and seeds]({paper.id:02d}.svg)",
         f"Dots and lines: {result['measures']}, mean over {result['seeds']} seeds with its 95% interval. Ticks: seeds.",
-        _table(["setting", "arm", result["measures"], *names], rows),
+        _table(["setting", "arm", "score", *names], rows),
         f"Run on {ran['created'][:10]} ({where}), {result['seconds'] / 60:.0f} minutes in all.",
         *again,
     ]
@@ -295,14 +295,24 @@ def _benchmarks() -> str:
 
 
 def _ratios(found: Mapping[str, Any]) -> list[tuple[str, Interval, str, float]]:
-    """(step, peer's time over ours, the fastest peer, bar) of every step that was timed."""
+    """(step, how many times as fast as the peer, the fastest peer, bar) of every step that was timed."""
     rows = []
     for name, each in found.items():
-        if isinstance(each, dict) and "best_peer" in each:
-            ratio = each["ratio"][each["best_peer"]][each["clock"]]
-            interval = Interval(ratio["median"], ratio["low"], ratio["high"])
-            rows.append((name, interval, each["best_peer"], each["bar"]))
+        if not isinstance(each, dict):
+            continue
+        if "best_peer" in each:
+            rows.append(
+                (name, _interval(each["ratio"][each["best_peer"]][each["clock"]]), each["best_peer"], each["bar"])
+            )
+        for precision, timed in each.items():  # of searches
+            if isinstance(timed, dict) and "ratio of nodes per second" in timed:
+                ratio = _interval(timed["ratio of nodes per second"])
+                rows.append((f"{name}, {precision}", ratio, "deepxube", found["bar"]))
     return rows
+
+
+def _interval(ratio: Mapping[str, float]) -> Interval:
+    return Interval(ratio["median"], ratio["low"], ratio["high"])
 
 
 def _times(ratio: Interval) -> str:

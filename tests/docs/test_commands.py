@@ -1,4 +1,4 @@
-"""Commands and programs that README and the guides show are run as written, with less work, in the order of the page."""
+"""Commands and programs that README and guides show are run as written, with less work, in the order of the page."""
 
 from __future__ import annotations
 

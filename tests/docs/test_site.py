@@ -127,7 +127,7 @@ def test_every_paper_has_a_page_with_what_became_of_its_claim(site):
         assert paper.claim.says in page
         result = stored_result(paper.id)
         for sentence in result["sentences"] if result else ():
-            assert sentence.rstrip(".").removeprefix("The claim").strip() in page
+            assert sentence in page
         image = site / "papers" / f"{paper.id:02d}.svg"
         assert image.exists() == (result is not None)
         if result:

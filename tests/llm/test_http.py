@@ -252,9 +252,7 @@ gather(client, [Request(prompt=f"{i} + 1 =", seed=i, max_tokens=6) for i in rang
 """
 
 
-def test_a_killed_program_goes_on_where_it_was(
-    local: LocalSampler, expected: list[str], tmp_path: Path
-) -> None:
+def test_a_killed_program_goes_on_where_it_was(local: LocalSampler, expected: list[str], tmp_path: Path) -> None:
     with OpenAIServer(local, delay=0.05) as host:
         env = {**os.environ, "PYTHONPATH": str(Path(guerdon.__file__).parent.parent)}
         command = [sys.executable, "-c", GATHERER, host.address, str(tmp_path / "cache")]

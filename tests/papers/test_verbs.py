@@ -30,7 +30,7 @@ def test_one_entry_in_full(capsys):
     for part in (
         "62 NFT", "https://arxiv.org/abs/2505.18116", "guerdon train nft --model MODEL --task TASK", "claim: holds",
         "many-answers: nft is above rft: as claimed, the difference is 0.023 [0.019, 0.026].",
-        "guerdon reproduce 62 takes about 1.4 minutes of one core",
+        "guerdon reproduce 62 took 1.4 minutes on one core; --quick shows that it runs.",
     ):  # fmt: skip
         assert part in shown
     assert "in guerdon not yet" in " ".join(said(capsys, "papers", "36").split())

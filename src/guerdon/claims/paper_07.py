@@ -160,7 +160,7 @@ CLAIM = Claim(
     ),
     seeds=8,
     together=8,
-    minutes=30,
+    minutes=25,
     quick={"updates": 300, "instances": 5, "max_nodes": 5000},
     quick_seeds=2,
 )

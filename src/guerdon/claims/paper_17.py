@@ -256,7 +256,7 @@ CLAIM = Claim(
         Above("dpo-sum", "dpo-norm", where="length"),
     ),
     seeds=3,
-    minutes=20,
+    minutes=12,
     quick={"chain": {"prompts": 40, "rounds": 1, "max_updates": 20}},
     quick_seeds=2,
 )

@@ -15,9 +15,11 @@ from guerdon.errors import DataError
 
 NOUNS = ("movie", "plot", "story", "acting", "film", "script", "music", "ending", "cast", "show")
 ADJECTIVES = {
-    "positive": tuple(["good", "wonderful", "brilliant", "delightful", "charming", "superb", "lovely", "excellent", "moving", "clever"]),
-    "negative": tuple(["bad", "awful", "dull", "boring", "dreadful", "clumsy", "tedious", "poor", "stupid", "weak"]),
-}
+    "positive": (
+        "good", "wonderful", "brilliant", "delightful", "charming", "superb", "lovely", "excellent", "moving", "clever",
+    ),
+    "negative": ("bad", "awful", "dull", "boring", "dreadful", "clumsy", "tedious", "poor", "stupid", "weak"),
+}  # fmt: skip
 TEMPLATED = 1000  # sentences, out of 3600
 WORDS = 30  # of a review, at most
 

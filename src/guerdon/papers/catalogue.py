@@ -49,7 +49,8 @@ class ClaimStatus:
         says: what is claimed; or why it cannot be checked.
         sentences: what was found, with numbers and intervals.
         seeds, date, version: of the result: how many, when (ISO 8601), and by which guerdon. 0 and empty without one.
-        minutes: of one core that the full version took, or will take, about; 0 without an experiment.
+        minutes: that the trials of the full version took, one after the other and by the clock, or will take, about; 0
+            without an experiment.
     """
 
     status: Status

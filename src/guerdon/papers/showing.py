@@ -92,8 +92,7 @@ def _claim(paper: Paper) -> list[Text]:
     if claim.date:
         lines.append(Text(f"  {claim.seeds} seeds, {claim.date[:10]}, guerdon {claim.version}", style="dim"))
     if claim.minutes:
+        taken = "took" if claim.date else "takes about"
         command = f"guerdon reproduce {paper.id}"
-        lines.append(
-            Text(f"  {command} takes about {claim.minutes:.2g} minutes of one core; --quick shows that it runs.")
-        )
+        lines.append(Text(f"  {command} {taken} {claim.minutes:.2g} minutes on one core; --quick shows that it runs."))
     return lines

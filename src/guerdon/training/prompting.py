@@ -363,13 +363,16 @@ class PromptRun(Search):
         return np.array([sum(next(each) for _ in part) for part in ids])
 
     def selected(self) -> tuple[Tried, Score, int]:
-        """The prompt that validation chooses among the method's candidates, its score there, how many there were."""
+        """The prompt that validation chooses among the method's candidates, its score there, how many there were.
+
+        By accuracy, which the test reports too, whatever the search went by; the margin reward decides between equals.
+        """
         if self._chosen is None:
             candidates = self.method.candidates(self)
             prompts = [self.prompt.keep(self.archive[i].kept) for i in candidates]
             gaps = item_gaps(self.answerer, prompts, self.material.validation, self.config.verifier)
             scores = [Score.of(each) for each in gaps]
-            at = max(range(len(scores)), key=lambda i: scores[i].fitness(self.method.fitness))
+            at = max(range(len(scores)), key=lambda i: (scores[i].accuracy, scores[i].reward))
             self._chosen = self.archive[candidates[at]], scores[at], len(candidates)
         return self._chosen
 

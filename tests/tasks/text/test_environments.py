@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 import sys
@@ -21,6 +22,7 @@ from guerdon.tasks.text.babyai import describe
 from guerdon.tasks.text.base import TextEnv
 from pages import ROOT, blocks
 
+textworld = pytest.mark.skipif(importlib.util.find_spec("textworld") is None, reason="needs the package textworld")
 QUESTIONS = "reasoning:chain_sum?max_terms=2&max_digits=1&train_size=9&test_size=4"
 SPECS = [
     "keys:",
@@ -32,7 +34,7 @@ SPECS = [
     "babyai:UnlockPickup?limit=12",
     "babyai:Dynamic-Obstacles-5x5?limit=12",  # things that move by chance
     QUESTIONS,
-    "textworld:house?limit=6&games=1",
+    pytest.param("textworld:house?limit=6&games=1", marks=textworld),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:Game .* is not fully supported")  # by jericho, which TextWorld wraps
 GREETING = """
@@ -200,8 +202,8 @@ def test_a_limit_of_the_users_own_truncates(mine: str):
         ("babyai:GoToLocl", "has no mission 'GoToLocl'. Did you mean 'GoToLocal'?"),
         ("reasoning:", "name a generator"),
         ("reasoning:chain_sums", "no generator 'chain_sums'. Did you mean 'chain_sum'?"),
-        ("textworld:coins", "no game is called 'coins'. Did you mean 'coin'?"),
-        ("textworld:coin?recipe=3", "there is no option 'recipe'"),
+        pytest.param("textworld:coins", "no game is called 'coins'. Did you mean 'coin'?", marks=textworld),
+        pytest.param("textworld:coin?recipe=3", "there is no option 'recipe'", marks=textworld),
         ("python:nobody_has.this", "there is no module 'nobody_has'"),
     ],
 )
@@ -225,6 +227,7 @@ def test_what_a_users_function_has_to_give(mine: str):
         make_text(f"python:{mine}.cartpole")
 
 
+@textworld
 def test_a_game_that_cannot_be_made_is_told():
     with pytest.raises(ConfigError, match=r"no game can be made with these options: Expected level to be within"):
         make_text("textworld:coin?level=301").reset(seed=0)
@@ -405,6 +408,7 @@ def test_a_bot_that_gives_up_turns_and_no_level_prints(capfd):
     assert action == "turn left" and capfd.readouterr().out == ""
 
 
+@textworld
 def test_games_are_made_once_and_held_out_games_differ(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("GUERDON_CACHE", str(tmp_path))
     env = make_text("textworld:treasure?level=1")

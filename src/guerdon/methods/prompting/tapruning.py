@@ -38,7 +38,7 @@ class TAPruning(PromptMethod):
     left repeat until one removes nothing. The prompt is the last one of the accepted ones with the best validation.
     Tokens stay those of the full prompt: the surviving text is not cut into tokens again between passes.
 
-    Source: Wang et al. 2025, sheet of the official code.
+    Source: Wang et al. 2025; threshold of the official code.
     """
 
     tau: float = 0.96  # least ratio of the fitness after a drop to the best so far

@@ -313,7 +313,7 @@ class Resume:
 class Judged:
     """What is judged."""
 
-    policy: Positional[str]  # run directory, any model that `train --model` takes, `random` (with --env), full-prompt:MODEL
+    policy: Positional[str]  # run, model as for `train --model`, `random` (with --env), or full-prompt:MODEL
     max_length: int = 2048  # with feedback: tokens of a prompt with one completion; longer ones are cut
     json: bool = False  # print JSON
 

@@ -61,8 +61,7 @@ def evaluate(policy: str | Path, config: Training, max_length: int = 2048) -> di
     """Judge a policy: seed -> evaluation, where a run of several seeds has several.
 
     A language policy is judged on the held-out items of `config`'s task or data, against the start `config.model`, or
-    as an agent in `config.env`; a
-    control policy on episodes in `config.env`; a prompt on test items.
+    as an agent in `config.env`; a control policy on episodes in `config.env`; a prompt on test items.
 
     Args:
         policy: a run directory, any model that `LanguageTraining.model` takes, `random`, the control policy that

@@ -255,8 +255,8 @@ CLAIM = Claim(
         Above("rlvr", "reward-model", where="accuracy"),
         Above("dpo-sum", "dpo-norm", where="length"),
     ),
-    seeds=3,
-    minutes=12,
+    seeds=6,
+    minutes=25,
     quick={"chain": {"prompts": 40, "rounds": 1, "max_updates": 20}},
     quick_seeds=2,
 )

@@ -20,10 +20,10 @@ from guerdon.methods.base import Method, Metrics, all_methods
 from guerdon.training.config import ControlTraining, Training
 
 if TYPE_CHECKING:
-    from guerdon.control.transitions import Normalizer
     from guerdon.control.environments import Step
     from guerdon.control.replay import Batch
     from guerdon.control.spaces import Spec
+    from guerdon.control.transitions import Normalizer
     from guerdon.training.control import ControlRun
 
 
@@ -108,8 +108,8 @@ class OfflineControl(ControlMethod):
         """Set what changes over a run of `total` updates, as learning rates do; not a part of what is compiled."""
 
     def learn(self, run: ControlRun) -> Iterator[Metrics]:
-        from guerdon.control.transitions import Normalizer
         from guerdon.control.replay import Replay
+        from guerdon.control.transitions import Normalizer
         from guerdon.training.control import Means
 
         data, normalizer = run.data, run.policy.normalizer

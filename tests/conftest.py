@@ -17,6 +17,15 @@ def same_numbers_in_any_order():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """Torch computes on one thread, as in the processes that a test starts: sums come out to the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """(model, tokenizer): Llama-style, 2 layers of width 32 in fp32, characters, with a chat template."""

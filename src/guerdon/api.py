@@ -552,11 +552,10 @@ def load_policy(path: str | Path, *, precision: str = "auto") -> Policy | Contro
     from guerdon.control.policy import ControlPolicy
     from guerdon.language.prompting import PromptPolicy
 
-    places = (Path(path) / "policy", Path(path))
-    if (directory := next(filter(ControlPolicy.is_at, places), None)) is not None:
-        return ControlPolicy.load(directory)
-    if (directory := next(filter(PromptPolicy.is_at, places), None)) is not None:
-        return PromptPolicy.load(directory, precision)
+    if ControlPolicy.is_at(path):
+        return ControlPolicy.load(path)
+    if PromptPolicy.is_at(path):
+        return PromptPolicy.load(path, precision)
     from guerdon.language.policy import Policy
 
     return Policy.load(path, precision)

@@ -21,15 +21,8 @@ from training import chaos
 from training.problem import Fit, Problem, train
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("one_thread")
 METHOD = Fit()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,12 +88,11 @@ def _actors(name: str, spec: Spec) -> list[Act | None]:
         return [None]
     if name.startswith("python:"):
         return [import_function(name.removeprefix("python:"))]
-    directory = next(filter(ControlPolicy.is_at, (Path(name) / "policy", Path(name))), None)
-    if directory is None:
+    if not ControlPolicy.is_at(name):
         raise ConfigError(
             f"collect: there is no policy '{name}': it is random, a run directory, or python:module.function."
         )
-    policy = ControlPolicy.load(directory)
+    policy = ControlPolicy.load(name)
     if (policy.spec.observation, policy.spec.discrete, policy.spec.actions) != (
         spec.observation,
         spec.discrete,

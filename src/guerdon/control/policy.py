@@ -104,10 +104,10 @@ class ControlPolicy:
         normalizer = self.normalizer
         if normalizer is not None and normalizer.mean.ndim > len(self.spec.observation):
             normalizer = SimpleNamespace(mean=normalizer.mean[index], std=normalizer.std[index])
-        critic = self.critic
-        if critic is not None:
-            critic = QEnsemble(spec=self.spec, **{**critic.config, "seeds": 1})
-            critic.load_state_dict({k: p[index : index + 1] for k, p in self.critic.state_dict().items()})  # type: ignore[union-attr]
+        critic = None
+        if self.critic is not None:
+            critic = QEnsemble(spec=self.spec, **{**self.critic.config, "seeds": 1})
+            critic.load_state_dict({name: p[index : index + 1] for name, p in self.critic.state_dict().items()})
         return ControlPolicy(actor, self.spec, normalizer, self.env, [self.seeds[index]], critic)
 
     def save(self, directory: str | Path) -> None:
@@ -132,12 +132,12 @@ class ControlPolicy:
 
     @staticmethod
     def is_at(directory: str | Path) -> bool:
-        """Whether a directory holds what `save` wrote."""
-        return (Path(directory) / _FILE).is_file()
+        """Whether a directory holds what `save` wrote, or is that of a run which does."""
+        return (_in_run(directory) / _FILE).is_file()
 
     @classmethod
     def load(cls, directory: str | Path) -> ControlPolicy:
-        """Read what `save` wrote.
+        """Read what `save` wrote, also by the directory of a run.
 
         Raises:
             DataError: there is no control policy, or a damaged one.
@@ -147,7 +147,7 @@ class ControlPolicy:
 
         from guerdon.control.networks import QEnsemble, build_actor
 
-        directory = Path(directory)
+        directory = _in_run(directory)
         if not (directory / _FILE).is_file():
             raise DataError(f"{directory} holds no control policy: there is no {_FILE} in it.")
         try:
@@ -166,3 +166,9 @@ class ControlPolicy:
             raise DataError(
                 f"{directory} holds no control policy that can be read ({type(error).__name__}: {error})."
             ) from error
+
+
+def _in_run(directory: str | Path) -> Path:
+    """The policy's directory, where it may be that of its run which is given."""
+    inside = Path(directory) / "policy"
+    return inside if inside.is_dir() else Path(directory)

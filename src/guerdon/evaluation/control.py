@@ -39,8 +39,7 @@ def evaluate_control(policy: str | Path, config: ControlTraining) -> dict[int, E
         env = config.env or _data_env(config)
         judged = random_policy(env, list(range(config.seed, config.seed + config.seeds)))
     else:
-        path = Path(policy)
-        judged = ControlPolicy.load(path / "policy" if (path / "policy").is_dir() else path)
+        judged = ControlPolicy.load(policy)
         env = config.env or judged.env or _data_env(config)
     return evaluate_policies(judged, env, config.eval_episodes)
 

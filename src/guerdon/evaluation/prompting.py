@@ -35,8 +35,7 @@ def evaluate_prompt(policy: str | Path, config: PromptTraining) -> Evaluation:
     if str(policy).startswith(FULL_PROMPT):
         answerer = load_answerer(config, said)
         return _evaluation(answerer, full_prompt(said, answerer), said, config)
-    path = Path(policy)
-    judged = PromptPolicy.load(path / "policy" if (path / "policy").is_dir() else path, config.precision)
+    judged = PromptPolicy.load(policy, config.precision)
     prompt, kind = judged.prompt, judged.answerer.kind
     columns = said.test[0].columns
     if kind != said.labelled.kind or not {prompt.tokens[i] for i in prompt.slots} <= set(columns):

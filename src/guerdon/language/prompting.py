@@ -300,16 +300,18 @@ class PromptPolicy:
 
     @classmethod
     def is_at(cls, directory: str | Path) -> bool:
-        return (Path(directory) / FILE).is_file()
+        """Whether a directory holds what `save` wrote, or is that of a run which does."""
+        return any((place / FILE).is_file() for place in (Path(directory), Path(directory) / "policy"))
 
     @classmethod
     def load(cls, directory: str | Path, precision: str = "auto") -> PromptPolicy:
-        """Read what `save` wrote.
+        """Read what `save` wrote, also by the directory of a run.
 
         Raises:
             ConfigError: the file is not whole, or its model is not there.
         """
         path = Path(directory)
+        path = path / "policy" if (path / "policy").is_dir() else path
         try:
             said = json.loads((path / FILE).read_text(encoding="utf-8"))
             tokens, ids = zip(*said["tokens"], strict=True)

@@ -254,7 +254,7 @@ def _attacked(run: str, data: Transitions) -> tuple[Any, Any]:
     """The critic and the actor in a run that learned in the world of `data`."""
     from guerdon.control.policy import ControlPolicy
 
-    policy = ControlPolicy.load(Path(run) / "policy")
+    policy = ControlPolicy.load(run)
     if (policy.spec.observation, policy.spec.actions) != (data.spec.observation, data.spec.actions):
         raise ConfigError(f"corrupt_against: {run} sees or does other things than {data.source}.")
     try:

@@ -9,3 +9,7 @@ Elsayed, Vasan and Mahmood 2024, arXiv 2410.14606. `TorchLearner` runs any netwo
 `KernelLearner` runs fully connected ones, compiled, to the same numbers. Each seed has one environment, one network
 and statistics of its own; nothing is averaged over seeds.
 """
+
+from __future__ import annotations
+
+EPS = 1e-8  # beside variances and second moments

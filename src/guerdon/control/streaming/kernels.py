@@ -14,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from guerdon.control.streaming import EPS
+
 Q, SARSA, TD = 0, 1, 2  # how a value network bootstraps
 OBGD, ADAPTIVE, ADAM = 0, 1, 2  # how a trace becomes a step
 ROWS = (2, 3, 4)  # of a network's array, by that: weights, trace, second moment, first moment
 
 _ZERO, _ONE, _SLOPE, _LAYER_EPS = np.float32(0), np.float32(1), np.float32(0.01), np.float32(1e-5)
-_EPS = 1e-8
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 # Sums may be reordered, so that they vectorise; what is not finite stays so.
 _compiled = njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy")
@@ -166,7 +167,7 @@ def descend(rule, rows, norm, delta, lr, kappa, count, reset):
             g = d * e[i]
             m[i] = b1 * m[i] + c1 * g
             v[i] = b2 * v[i] + c2 * g * g
-            w[i] += rate * m[i] / (np.sqrt(v[i]) * root + np.float32(_EPS))
+            w[i] += rate * m[i] / (np.sqrt(v[i]) * root + np.float32(EPS))
             e[i] *= keep
         return 0.0, 1.0
     if rule == ADAPTIVE:
@@ -176,13 +177,13 @@ def descend(rule, rows, norm, delta, lr, kappa, count, reset):
         for i in range(len(w)):
             g = d * e[i]
             v[i] = b2 * v[i] + c2 * g * g
-            norm += abs(e[i]) / np.sqrt(v[i] * unbias + np.float32(_EPS))
+            norm += abs(e[i]) / np.sqrt(v[i] * unbias + np.float32(EPS))
     bound = lr * kappa * max(abs(delta), 1.0) * norm
     share = 1.0 / max(bound, 1.0)
     step = np.float32(lr * share * delta)
     if rule == ADAPTIVE:
         for i in range(len(w)):
-            w[i] += step * e[i] / np.sqrt(v[i] * unbias + np.float32(_EPS))
+            w[i] += step * e[i] / np.sqrt(v[i] * unbias + np.float32(EPS))
             e[i] *= keep
     else:
         for i in range(len(w)):
@@ -203,7 +204,7 @@ def observe(senses, s, raw, x, settings, begins):
             moments[0, i] += before / n
             moments[1, i] += before * (raw[i] - moments[0, i])
             variance = moments[1, i] / (n - 1) if n > 1 else 1.0
-            x[i] = (raw[i] - moments[0, i]) / math.sqrt(variance + _EPS)
+            x[i] = (raw[i] - moments[0, i]) / math.sqrt(variance + EPS)
     else:
         x[:d] = raw
     if len(x) > d:
@@ -223,7 +224,7 @@ def scaled(reward, done, gamma, u):
     u[1] += before / u[3]
     u[2] += before * (u[0] - u[1])
     variance = u[2] / (u[3] - 1) if u[3] > 1 else 1.0
-    return reward / math.sqrt(variance + _EPS)
+    return reward / math.sqrt(variance + EPS)
 
 
 @_compiled

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from guerdon.control.ingredients import ActorCriticIngredients, Ingredients
 from guerdon.control.spaces import Spec
+from guerdon.control.streaming import EPS
 from guerdon.control.streaming.agents import ActorCriticAgent, StreamActor, ValueAgent
 from guerdon.control.streaming.networks import Kind, build_network, paper_hidden, sparse_init_
-from guerdon.control.streaming.senses import EPS, Senses
+from guerdon.control.streaming.senses import Senses
 from guerdon.control.streams import Streams
 
 METRICS = (

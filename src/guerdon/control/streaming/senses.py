@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from guerdon.control.ingredients import Ingredients
-
-EPS = 1e-8
+from guerdon.control.streaming import EPS
 
 
 class Welford:

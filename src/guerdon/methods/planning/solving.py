@@ -126,13 +126,12 @@ def _learned(policy: str | Path) -> CostToGo:
     from guerdon.control.policy import ControlPolicy
     from guerdon.control.puzzles.networks import CostToGo
 
-    path = Path(policy)
-    if not path.exists():
+    if not Path(policy).exists():
         raise ConfigError(
             f"{policy} is neither a run of davi or qstar nor a heuristic ({', '.join(HEURISTICS)})."
             f"{near(str(policy), HEURISTICS)}"
         )
-    network: Any = ControlPolicy.load(path / "policy" if (path / "policy").is_dir() else path).actor
+    network: Any = ControlPolicy.load(policy).actor
     if not isinstance(network, CostToGo):
         raise ConfigError(f"{policy} has learned no cost to a goal: solve with a run of davi or qstar.")
     return network

@@ -6,8 +6,6 @@ A line of the store is one tree as JSON. Beside it stands what can be learned fr
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from guerdon.methods.planning.mcts import MCTS, Ask, Node, Search, search, toget
 from guerdon.methods.planning.step_q import Chosen, best_end, shortened, step_pairs, trajectory_pair
 from guerdon.tasks.collect import kept
 from guerdon.tasks.text.agent import NOTHING, Agent, Turn, opening, parse_action
-from guerdon.tasks.text.trajectories import Store
+from guerdon.tasks.text.trajectories import Store, collection_of
 
 if TYPE_CHECKING:
     from guerdon.tasks.text.base import TextEnv
@@ -236,8 +234,7 @@ def collect_trees(
     store, first = Trees(out), make_text(env)
     first.tasks(split)  # type: ignore[arg-type]
     agent = make_agent(policy, sampling, sampler)
-    identity = [env, split, agent.identity, asdict(how), thoughts, seed]
-    collection = hashlib.blake2b(json.dumps(identity, default=str).encode(), digest_size=6).hexdigest()
+    collection = collection_of(env, split, agent.identity, asdict(how), thoughts, seed)
     found = list(store)
     if any(tree.collection != collection for tree in found):
         raise DataError(f"{out} holds trees that were searched otherwise: choose another --out, or delete it.")

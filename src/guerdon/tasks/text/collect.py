@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +16,7 @@ from guerdon.plugins import import_function
 from guerdon.tasks.collect import kept
 from guerdon.tasks.text.agent import Agent, LanguageAgent, Random, Scripted, play
 from guerdon.tasks.text.names import make_text
-from guerdon.tasks.text.trajectories import FEEDBACK, Store, Trajectory, check_kinds
+from guerdon.tasks.text.trajectories import FEEDBACK, Store, Trajectory, check_kinds, collection_of
 
 if TYPE_CHECKING:
     from guerdon.language.policy import Policy
@@ -68,8 +66,7 @@ def collect(
     first = make_text(env)
     first.tasks(split)  # type: ignore[arg-type]
     agents = [make_agent(name, sampling, sampler) for name in policies]
-    identity = [env, split, [agent.identity for agent in agents], n, noise, thoughts, seed]
-    collection = hashlib.blake2b(json.dumps(identity, default=str).encode(), digest_size=6).hexdigest()
+    collection = collection_of(env, split, [agent.identity for agent in agents], n, noise, thoughts, seed)
     whole = list(store)
     ours = [t for t in whole if t.collection == collection and t.index < episodes]
     there = {t.index for t in ours}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -261,6 +262,11 @@ FEEDBACK: dict[str, Callable[[Iterable[Trajectory]], list[Row]]] = {
     "unpaired": unpaired,
     "scored": scored,
 }
+
+
+def collection_of(*identity: Any) -> str:
+    """The name of a collection, by all that its content depends on, as plain data."""
+    return hashlib.blake2b(json.dumps(identity, default=str).encode(), digest_size=6).hexdigest()
 
 
 def check_kinds(kinds: Iterable[str]) -> None:

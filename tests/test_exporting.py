@@ -154,12 +154,26 @@ def test_policy_gradients_with_their_verifier(name, loss, run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"surrogate": "cispo", "aggregate": "token", "clip_low": 1.0, "clip_high": 4.0}, ("cispo", 5.0, None)),
+        ({"dual_clip": 3.0}, ("grpo", 0.2, 3.0)),
+    ],
+)
+def test_other_surrogates(options, expected, run, tmp_path):
+    made = accepted("grpo", yaml.safe_load(export(run("grpo", options, task=GYM), out=tmp_path / "out").read_text()))
+    assert (made.loss_type, made.epsilon_high, made.delta) == expected
+
+
+@pytest.mark.parametrize(
     ("name", "options", "training", "message"),
     [
         ("nft", {}, {"task": GYM}, "TRL has no nft. It has dapo, dpo, dpo-norm"),
         ("dapo", {}, {"task": GYM}, "cannot have max_draws=10, only 1"),
         ("dpo", {"reference_free": True}, {"data": "d"}, "cannot have reference_free=True, only False"),
         ("dpo", {"label_smoothing": 0.1}, {"data": "d"}, "sigmoid loss has no label_smoothing"),
+        ("grpo", {"surrogate": "cispo"}, {"task": GYM}, "cispo has aggregate=token and clip_low=1"),
+        ("grpo", {"sampler_cap": 2.0}, {"task": GYM}, "cannot have sampler_cap=2.0, only 0.0"),
         ("grpo", {"kl": "k1"}, {"task": GYM}, "estimates the KL by k3, not by k1"),
         ("grpo", {"batch_size": 5}, {"task": GYM}, "prompts_per_round has to be a multiple of batch_size"),
         ("grpo", {}, {"data": "d"}, "samples from a task"),

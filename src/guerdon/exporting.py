@@ -147,10 +147,16 @@ def _policy_gradient(method: Any) -> dict[str, Any]:
 def _grpo(method: Any) -> dict[str, Any]:
     if method.kl_coef and method.kl != "k3":
         raise ConfigError(f"export: TRL's grpo estimates the KL by k3, not by {method.kl}.")
+    how = {"loss_type": {"sequence": "grpo", "token": "dapo", "constant": "dr_grpo"}[method.aggregate]}
+    if method.surrogate == "cispo":
+        if method.aggregate != "token" or method.clip_low != 1:
+            raise ConfigError("export: TRL's cispo has aggregate=token and clip_low=1.")
+        how = {"loss_type": "cispo", "epsilon_high": 1 + method.clip_high}
     return {
         **_policy_gradient(method),
+        **how,
         "scale_rewards": {"std": "group", "none": "none"}[method.scale],
-        "loss_type": {"sequence": "grpo", "token": "dapo", "constant": "dr_grpo"}[method.aggregate],
+        "delta": method.dual_clip or None,
         "importance_sampling_level": method.ratio,
         "entropy_coef": method.entropy_coef,
         "use_bias_correction_kl": False,
@@ -165,7 +171,7 @@ _ONLINE = {"max_draws": (1,)}
 _GRPO = Target(
     "grpo",
     _grpo,
-    _ONLINE | {"scale": ("std", "none"), "advantage_eps": (1e-4,), "truncated": ("keep",)},
+    _ONLINE | {"scale": ("std", "none"), "advantage_eps": (1e-4,), "truncated": ("keep",), "sampler_cap": (0.0,)},
     online=True,
 )
 _DPO = Target("dpo", _dpo, {"reference_free": (False,), "target_margin": (0.0,), "weighted": (False,)})

@@ -34,7 +34,17 @@ def test_names_and_their_defaults():
 
 
 @pytest.mark.parametrize(
-    "options", [{"group_size": 1}, {"clip_low": 0.0}, {"clip_high": -1.0}, {"truncated_buffer": 0.0}]
+    "options",
+    [
+        {"group_size": 1},
+        {"clip_low": 0.0},
+        {"clip_high": -1.0},
+        {"truncated_buffer": 0.0},
+        {"dual_clip": 1.1},
+        {"sampler_cap": -1.0},
+        {"surrogate": "cispo", "ratio": "sequence"},
+        {"surrogate": "cispo", "dual_clip": 3.0},
+    ],
 )
 def test_contradictions_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
@@ -151,18 +161,24 @@ class TestEqualToTRL:
             ("dapo", "token", DAPO(max_draws=1, truncated="keep", kl_coef=0.1, kl="k3-corrected")),
             ("bnpo", "token", GRPO(aggregate="token", kl_coef=0.1)),
             ("grpo", "sequence", GRPO(ratio="sequence", clip_low=0.05, clip_high=0.05, kl_coef=0.1)),
+            ("grpo", "token", GRPO(dual_clip=1.25, kl_coef=0.0)),
+            ("dapo", "token", DAPO(max_draws=1, truncated="keep", sampler_cap=1.1)),
+            ("grpo", "sequence", GRPO(ratio="sequence", clip_low=0.05, clip_high=0.05, kl_coef=0.1, sampler_cap=1.05)),
+            ("cispo", "token", GRPO(surrogate="cispo", aggregate="token", clip_low=1.0, kl_coef=0.1)),
         ],
     )
     def test_loss_and_gradients(self, trainer, sampled, loss_type, level, method):
         trainer.loss_type, trainer.importance_sampling_level, trainer.beta = loss_type, level, method.kl_coef
         trainer.args.use_bias_correction_kl = method.kl == "k3-corrected"
-        trainer.epsilon_low, trainer.epsilon_high = method.clip_low, method.clip_high
+        trainer.epsilon_low, trainer.epsilon_high = method.clip_low, method.clip_high + (loss_type == "cispo")
+        trainer.args.delta = method.dual_clip or None
+        trainer.use_vllm = trainer.vllm_importance_sampling_correction = method.sampler_cap > 0
         model = GroupModel(trainer.model)
         groups = method.credit(at_the_model(model, sampled(SCORES, seed=3, longest=9)), RNG)
 
         trainer.model.zero_grad()
         model.model.set_attn_implementation("sdpa")
-        theirs = trainer._compute_loss(trainer.model.eval(), trl_inputs(groups, method.scale))
+        theirs = trainer._compute_loss(trainer.model.eval(), trl_inputs(groups, method))
         theirs.backward()
         expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
 
@@ -185,13 +201,13 @@ def at_the_model(model, groups):
     for group in groups:
         for segment in group.segments[1:]:
             near = next(logps).numpy()
-            for name in ("old_logps", "ref_logps"):
+            for name in ("old_logps", "ref_logps", "sampler_logps"):
                 noise = np.random.default_rng([*segment.tokens, *name.encode()]).normal(size=len(near))
                 segment.values[name] = (near + 0.2 * noise).astype(np.float32)
     return groups
 
 
-def trl_inputs(groups, scale):
+def trl_inputs(groups, method):
     """The same groups as TRL holds them: prompts padded left, completions padded right, advantages by its formula."""
     rows = [(g, leaf) for g in groups for leaf in g.leaves]
     segments = [g.segments[leaf] for g, leaf in rows]
@@ -201,9 +217,13 @@ def trl_inputs(groups, scale):
 
     rewards = torch.tensor([g.values["score"].tolist() for g in groups])
     advantages = rewards - rewards.mean(1, keepdim=True)
-    if scale == "std":
+    if method.scale == "std":
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
+    gap = right([s.values["old_logps"] - s.values["sampler_logps"] for s in segments])
+    if method.ratio == "sequence":
+        gap = (gap.sum(1) / torch.tensor([len(s) for s in segments]))[:, None]
     return {
+        "importance_sampling_ratio": gap.exp().clamp(max=method.sampler_cap),
         "prompt_ids": torch.stack([torch.as_tensor(g.segments[0].tokens) for g, _ in rows]),
         "prompt_mask": torch.ones(len(rows), len(rows[0][0].segments[0]), dtype=torch.long),
         "completion_ids": right([s.tokens for s in segments]),

@@ -10,6 +10,7 @@ from guerdon.language.packing import pack
 from guerdon.methods.policy_gradient import (
     check_clipping,
     check_first_ratio,
+    cispo_surrogate,
     clipped_surrogate,
     completion_weights,
     finished,
@@ -143,6 +144,34 @@ def test_clipped_surrogate_by_hand(ratio, advantage, loss, gradient, is_cut):
     assert value.item() == pytest.approx(loss)
     assert r.grad.item() == pytest.approx(gradient)
     assert bool(cut) is is_cut
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient", "is_cut"),
+    [
+        (4.0, -2.0, 6.0, 0.0, True),  # three times as likely is enough to pull
+        (2.9, -2.0, 5.8, 2.0, False),
+        (4.0, 2.0, -2.56, 0.0, True),  # good answers know only the range
+        (0.5, -2.0, 1.6, 0.0, True),
+    ],
+)
+def test_dual_clipping_by_hand(ratio, advantage, loss, gradient, is_cut):
+    r = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
+    value, cut = clipped_surrogate(r, torch.tensor([advantage], dtype=torch.float64), 0.2, 0.28, dual=3.0)
+    value.sum().backward()
+    assert value.item() == pytest.approx(loss)
+    assert r.grad.item() == pytest.approx(gradient)
+    assert bool(cut) is is_cut
+
+
+@pytest.mark.parametrize(("ratio", "weight"), [(1.0, 1.0), (1.2, 1.2), (2.0, 1.28), (0.5, 0.8)])
+def test_cispo_clips_the_weight_and_not_the_gradient(ratio, weight):
+    old = torch.tensor([-2.0], dtype=torch.float64)
+    logps = (old + np.log(ratio)).requires_grad_()
+    value, cut = cispo_surrogate(logps, logps - old, torch.tensor([-3.0], dtype=torch.float64), 0.2, 0.28)
+    value.sum().backward()
+    assert logps.grad.item() == pytest.approx(3 * weight)
+    assert bool(cut) is (weight != ratio)
 
 
 def test_clipped_surrogate_takes_weights_into_the_advantage():

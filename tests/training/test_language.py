@@ -87,6 +87,15 @@ def test_micro_batches_never_change_an_online_run(name: str, tmp_path: Path) -> 
     assert_close(whole, cut, 1e-5)
 
 
+def test_what_the_sampler_said_beside_the_policy_of_the_round(tmp_path: Path) -> None:
+    weighed = start(method("grpo", **SHORT, sampler_cap=2.0), online(tmp_path / "weighed"))
+    first = weighed.metrics()[0]
+    assert 0 < first["policy/sampler_error"] < 1e-4 and first["policy/ratio_error"] < 1e-6
+    plain = weights(start(method("grpo", **SHORT), online(tmp_path / "plain")))
+    for name, weight in weights(weighed).items():
+        torch.testing.assert_close(weight, plain[name], atol=1e-4, rtol=0)
+
+
 def test_gradient_checkpointing_never_changes_a_run(tmp_path: Path, preferences: Path) -> None:
     plain = start(method("dpo", batch_size=8, lr=1e-3), offline(tmp_path / "plain", preferences))
     again = start(

@@ -185,6 +185,10 @@ class LanguageMethod(Method):
         """Whether groups must carry `ref_logps`, the log-probs of the starting policy."""
         return False
 
+    def corrects_sampler(self) -> bool:
+        """Whether groups must carry `sampler_logps`, what the sampler said, beside `old_logps` of the policy itself."""
+        return False
+
     def credit(self, groups: list[Group], rng: np.random.Generator) -> list[Group]:
         """Say what each completion or token deserves; groups that teach nothing are left out.
 

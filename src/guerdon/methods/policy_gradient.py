@@ -127,19 +127,41 @@ def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, estimator: Literal
 
 
 def clipped_surrogate(
-    ratio: torch.Tensor, advantage: torch.Tensor, low: float, high: float
+    ratio: torch.Tensor, advantage: torch.Tensor, low: float, high: float, dual: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PPO's pessimistic surrogate (arXiv 1707.06347, equation 7) as a loss, and where the clipping holds.
 
-    loss = -min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), elementwise. It is positively homogeneous in A, so that
-    weights of an average may be multiplied into A beforehand.
+    loss = -min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), elementwise. Where A < 0, `dual` bounds the loss by
+    -dual * A, so that an answer that has become `dual` times as likely pulls no more (dual-clip PPO, arXiv 1912.09729,
+    equation 5); 0 does not. It is positively homogeneous in A, so that weights of an average may be multiplied into A
+    beforehand.
 
     Returns:
         the losses, and a bool mask of the entries whose gradient the clipping cut to zero.
     """
     clipped = ratio.clamp(1 - low, 1 + high)
-    cut = (ratio * advantage > clipped * advantage).detach()
-    return -torch.minimum(ratio * advantage, clipped * advantage), cut
+    cut = ratio * advantage > clipped * advantage
+    loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    if dual:
+        bounded = (advantage < 0) & (ratio > dual)
+        loss, cut = torch.where(bounded, -dual * advantage, loss), cut | bounded
+    return loss, cut.detach()
+
+
+def cispo_surrogate(
+    logps: torch.Tensor, log_ratio: torch.Tensor, advantage: torch.Tensor, low: float, high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """REINFORCE with clipped importance weights (CISPO, MiniMax-M1, arXiv 2506.13585, equations 4 and 5) as a loss.
+
+    loss = -stop_gradient(clip(ratio, 1 - low, 1 + high)) * A * log pi, elementwise: a token beyond the range goes on to
+    teach, with the weight at its edge.
+
+    Returns:
+        the losses, and a bool mask of the entries whose weight was clipped.
+    """
+    ratio = log_ratio.detach().exp()
+    clipped = ratio.clamp(1 - low, 1 + high)
+    return -clipped * advantage * logps, clipped != ratio
 
 
 def completion_weights(batch: Batch, how: Aggregate, constant: float) -> torch.Tensor:
@@ -161,16 +183,19 @@ def policy_metrics(
     cut: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
     kl: torch.Tensor | None = None,
+    sampler_ratio: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """Health of a policy update, each a tensor of values of which the mean is logged.
 
     policy/ratio: pi / pi_old per token; policy/ratio_error: |ratio - 1|; and, where they are given, policy/clip_share:
-    whether clipping held; policy/entropy in nats and policy/kl to the reference, per token.
+    whether clipping held; policy/entropy in nats and policy/kl to the reference, per token; policy/sampler_error:
+    |pi_old / pi_sampler - 1|.
     """
     ratio = log_ratio.exp()
     metrics = {
         "policy/ratio": ratio,
         "policy/ratio_error": (ratio - 1).abs(),
+        "policy/sampler_error": None if sampler_ratio is None else (sampler_ratio - 1).abs(),
         "policy/clip_share": None if cut is None else cut.to(ratio.dtype),
         "policy/entropy": entropy,
         "policy/kl": kl,
@@ -184,7 +209,8 @@ def check_first_ratio(metrics: dict[str, Any], tolerance: float = 0.05) -> None:
     Both have the same weights then, so that every importance ratio is 1 but for rounding; bf16 and other kernels may
     move the mean of |ratio - 1| by some thousandths, a wrong temperature, template or mask by tenths.
     """
-    error = float(metrics.get("policy/ratio_error", 0.0))  # absent where no group of the update taught anything
+    # Absent where no group of the update taught anything.
+    error = max(float(metrics.get(f"policy/{name}_error", 0.0)) for name in ("ratio", "sampler"))
     if not error <= tolerance:
         raise InvariantError(
             f"importance ratios at the first update are off 1 by {error:.3g} on average, and rounding explains at most "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from guerdon.errors import ConfigError
 from guerdon.feedback.records import Record
 from guerdon.language.groups import Group, micro_batches
 from guerdon.language.packing import pack
@@ -68,7 +69,16 @@ class Rollouts:
         gathered = sorted(run.distribution.gather_objects(groups), key=lambda item: item[0])
         run.cursor.samples += n * len(records)
         drawn = [group for _, group in gathered]
-        if any("old_logps" not in s.values for group in drawn for s in group.segments[1:]):
+        completions = [segment for group in drawn for segment in group.segments[1:]]
+        if m.corrects_sampler():
+            for segment in completions:
+                if "old_logps" not in segment.values:
+                    raise ConfigError(
+                        "sampler_cap weighs what was sampled by the sampler's own log-probs, and this one gives none: "
+                        "use top_k 0 and top_p 1, or sampler_cap 0."
+                    )
+                segment.values["sampler_logps"] = segment.values.pop("old_logps")
+        if any("old_logps" not in segment.values for segment in completions):
             run.logps(run.model, drawn, "old_logps")
         return drawn
 

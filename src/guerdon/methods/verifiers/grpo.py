@@ -3,8 +3,10 @@
     A_i = (R_i - mean(R)) / (std(R) + eps)            over the n completions of one prompt
     L   = -average[ min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) ] + kl_coef * average[KL to the reference]
 
-with the importance ratio r = pi / pi_old of a token, or of a whole completion. The three papers differ in the scale of
-the advantage, in the average and in the clipping range, hence one implementation with three sets of defaults.
+with the importance ratio r = pi / pi_old of a token, or of a whole completion (GSPO, arXiv 2507.18071). Where the
+sampler computes a little differently, A may be weighed by min(pi_old / pi_sampler, C) (truncated importance sampling).
+The three papers differ in the scale of the advantage, in the average and in the clipping range, hence one
+implementation with three sets of defaults.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from guerdon.methods.policy_gradient import (
     Scale,
     check_clipping,
     check_first_ratio,
+    cispo_surrogate,
     clipped_surrogate,
     completion_weights,
     finished,
@@ -56,6 +59,9 @@ class GRPO(LanguageMethod):
     advantage_eps: float = 1e-4  # added to that deviation
     clip_low: float = 0.2  # ratios below 1 - clip_low gain nothing more
     clip_high: float = 0.2  # ratios above 1 + clip_high gain nothing more
+    surrogate: Literal["ppo", "cispo"] = "ppo"  # tokens beyond the range: cut off, or kept with clipped weight
+    dual_clip: float = 0.0  # bad answers this many times likelier than before pull no more; 0 does not bound them
+    sampler_cap: float = 0.0  # weight by pi_old / pi_sampler up to this (TIS); 0 takes pi_sampler for pi_old
     ratio: Literal["token", "sequence"] = "token"  # sequence: one ratio per completion, the geometric mean (GSPO)
     aggregate: Aggregate = "sequence"  # mean over: all tokens; each completion, then all; max_new_tokens, then all
     kl_coef: float = 0.04  # weight of the KL to the starting policy; 0 needs no reference
@@ -72,12 +78,21 @@ class GRPO(LanguageMethod):
         if self.group_size < 2:
             raise ConfigError(f"group_size={self.group_size}: completions are compared within a group; use at least 2")
         check_clipping(self.clip_low, self.clip_high)
-        check_range(vars(self), "kl_coef", "entropy_coef", "advantage_eps")
+        check_range(vars(self), "kl_coef", "entropy_coef", "advantage_eps", "dual_clip", "sampler_cap")
+        if 0 < self.dual_clip <= 1 + self.clip_high:
+            raise ConfigError(
+                f"dual_clip={self.dual_clip} has to be above 1 + clip_high = {1 + self.clip_high:g}, or 0"
+            )
+        if self.surrogate == "cispo" and (self.ratio == "sequence" or self.dual_clip):
+            raise ConfigError("surrogate=cispo clips the weights of tokens: use ratio=token and dual_clip=0 with it")
         if not 0 < self.truncated_buffer <= 1:
             raise ConfigError(f"truncated_buffer={self.truncated_buffer} of max_new_tokens: use 0 < share <= 1")
 
     def needs_reference(self) -> bool:
         return self.kl_coef != 0
+
+    def corrects_sampler(self) -> bool:
+        return self.sampler_cap != 0
 
     def credit(self, groups: list[Group], rng: np.random.Generator) -> list[Group]:
         """Set `advantage` (n,) on whole groups.
@@ -110,13 +125,22 @@ class GRPO(LanguageMethod):
         assert outputs.logps is not None and outputs.entropy is not None
         weights = completion_weights(batch, self.aggregate, self.max_new_tokens)
         log_ratio = outputs.logps - batch.token_values["old_logps"]
+        by_token = self.ratio == "token"
         advantage = weights * batch.values["advantage"]
-        if self.ratio == "token":
-            ratio, advantage = log_ratio.exp(), batch.spread(advantage)
+        advantage = batch.spread(advantage) if by_token else advantage * batch.lengths
+
+        def each(x: torch.Tensor) -> torch.Tensor:
+            return x if by_token else batch.per_completion(x) / batch.lengths.clamp(min=1)
+
+        sampler_ratio = None
+        if self.sampler_cap:
+            sampler_ratio = each(batch.token_values["old_logps"] - batch.token_values["sampler_logps"]).exp()
+            advantage = advantage * sampler_ratio.clamp(max=self.sampler_cap)
+        if self.surrogate == "ppo":
+            ratio = each(log_ratio).exp()
+            surrogate, cut = clipped_surrogate(ratio, advantage, self.clip_low, self.clip_high, self.dual_clip)
         else:
-            ratio = (batch.per_completion(log_ratio) / batch.lengths.clamp(min=1)).exp()
-            advantage = advantage * batch.lengths
-        surrogate, cut = clipped_surrogate(ratio, advantage, self.clip_low, self.clip_high)
+            surrogate, cut = cispo_surrogate(outputs.logps, log_ratio, advantage, self.clip_low, self.clip_high)
         loss, kl = surrogate.sum(), None
         if self.kl_coef:
             kl = kl_estimate(outputs.logps, batch.token_values["ref_logps"], "k2" if self.kl == "k2" else "k3")
@@ -126,7 +150,7 @@ class GRPO(LanguageMethod):
                 loss = loss + self.kl_coef * (batch.spread(weights) * kl).sum()
         if self.entropy_coef:
             loss = loss - self.entropy_coef * outputs.entropy.sum() / batch.totals["tokens"]
-        return loss, policy_metrics(log_ratio, cut, outputs.entropy, kl)
+        return loss, policy_metrics(log_ratio, cut, outputs.entropy, kl, sampler_ratio)
 
 
 @method("dr-grpo", learns_from="verifier")

@@ -44,6 +44,7 @@ class Fit(Method):
     round_size: int = 16
     lr: float = 1e-2
     spoil_at: int = 0  # step whose data hold a NaN
+    hungry_at: int = 0  # step that wants more memory than there is
     seconds: float = 0.0  # that an update takes at least
 
     def learn(self, run: Problem) -> Iterator[Metrics]:
@@ -55,6 +56,8 @@ class Fit(Method):
                 cursor.round, cursor.update = round_, update + 1
                 cursor.done = (round_ + (update + 0.5) / self.updates) / self.rounds
                 time.sleep(self.seconds)
+                if cursor.step + 1 == self.hungry_at:
+                    torch.empty(2**60, dtype=torch.uint8)
                 yield run.update(learning_rate(cursor.done, self.lr, "cosine", 0.1), cursor.step + 1 == self.spoil_at)
             cursor.round, cursor.update = round_ + 1, 0
 

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from guerdon.errors import ConfigError, GuerdonError
+from guerdon.training.config import LanguageTraining, Training
 from guerdon.training.progress import Silent
 from guerdon.training.rundir import RunDir
 from guerdon.training.runner import Stopped, rng_state, set_rng_state
-from training import chaos
+from training import chaos, problem
 from training.problem import Fit, Problem, train
 
 ROOT = Path(__file__).parents[2]
@@ -161,6 +162,20 @@ def test_a_loss_that_is_not_finite_saves_the_batch(tmp_path):
     assert saved.shape == (8, 8) and saved.isnan().sum() == 1
     assert found.status == {"state": "failed", "error": f"GuerdonError: {told.value}"}
     assert found.metrics()[-1]["step"] == 12
+
+
+@pytest.mark.parametrize(
+    ("training", "mend"),
+    [
+        (Training, "Start again with a smaller --batch-size"),
+        (lambda **how: LanguageTraining(model="m", **how), r"Lower max_tokens \(now 4096\) in .*config"),
+    ],
+)
+def test_too_little_memory(tmp_path, monkeypatch, training, mend):
+    monkeypatch.setattr(problem, "Training", training)
+    with pytest.raises(GuerdonError, match=rf"step 4 of .*can't allocate memory.*\. {mend}"):
+        train(tmp_path / "run", Fit(hungry_at=4), {"checkpoint_every": 2})
+    assert RunDir.open(tmp_path / "run").latest_checkpoint().name == "step-00000002"
 
 
 def test_budgets(tmp_path):

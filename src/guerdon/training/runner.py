@@ -277,6 +277,17 @@ class _Loop:
         except GuerdonError as error:
             again = f"`guerdon resume {self.rundir.path}` goes on from the last checkpoint."
             raise type(error)(f"{str(error).rstrip('.')}. When that is mended, {again}") from error
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            mend = "Start again with a smaller --batch-size or fewer --seeds."
+            if at_once := getattr(self.config, "max_tokens", 0):
+                mend = (
+                    f"Lower max_tokens (now {at_once}) in {self.rundir.path}/config.json, which changes no result, and "
+                    f"`guerdon resume {self.rundir.path}` goes on from the last checkpoint."
+                )
+            what = str(error).partition("\n")[0].rstrip(".")
+            raise GuerdonError(f"step {self.run.cursor.step + 1} of {self.rundir.path}: {what}. {mend}") from error
 
     def _record(self, metrics: Mapping[str, Any]) -> None:
         if self.main:

@@ -116,7 +116,9 @@ def _prepare(
         from guerdon.training.prompting import PromptRun
 
         assert isinstance(method, PromptMethod)
-        return PromptRun(method, config, distribution, rundir.path)
+        search = PromptRun(method, config, distribution, rundir.path)
+        method.setup(search)
+        return search
     from guerdon.methods.base import LanguageMethod
     from guerdon.training.language import LanguageRun
 

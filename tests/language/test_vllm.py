@@ -23,6 +23,7 @@ from guerdon.language.models import add_lora, load_model
 from guerdon.language.sampling import make_sampler
 from guerdon.language.sampling.base import Completion, Sampling
 from guerdon.language.sampling.local import LocalSampler
+from guerdon.language.scoring import score
 from guerdon.language.templates import prompt_ids, stop_ids
 
 MODEL = "tiny:layers=2,width=32,heads=4,context=512"
@@ -56,6 +57,11 @@ class LLM:
         return [self._one(prompt["prompt_token_ids"], p) for prompt, p in zip(prompts, parameters, strict=True)]
 
     def _one(self, prompt: list[int], p: Any) -> Any:
+        if hasattr(p, "allowed_token_ids"):
+            assert (p.max_tokens, p.logprobs) == (1, len(p.allowed_token_ids))
+            logps = score(self.model, prompt, [[token] for token in p.allowed_token_ids])
+            shown = {t: SimpleNamespace(logprob=float(x[0])) for t, x in zip(p.allowed_token_ids, logps, strict=True)}
+            return SimpleNamespace(outputs=[SimpleNamespace(logprobs=[shown])])
         engine = LocalSampler(self.model, self.tokenizer, set(p.stop_token_ids))
         how = Sampling(
             max_new_tokens=p.max_tokens, temperature=p.temperature, top_k=max(p.top_k, 0), top_p=p.top_p,
@@ -107,6 +113,7 @@ def test_it_draws_from_the_policy_and_follows_its_updates(
     ends = stop_ids(tokenizer, tiny[0])
     local, engine = LocalSampler(policy, tokenizer, ends), make_sampler("vllm", policy, tokenizer, ends)
     engine.sync(policy)
+    assert engine.can_rank([[1], [2]]) and not engine.can_rank([[1], [2, 3]]) and not engine.can_rank([[1]] * 21)
     assert engine.sample([[1]], [[]], SAMPLING) == [[]] and not vllm.started  # nothing asked, nothing started
 
     def check() -> list[list[int]]:
@@ -160,6 +167,33 @@ def test_training_with_it_equals_training_with_the_local_sampler(
         assert ours == pytest.approx(theirs, abs=1e-3)
     first = next(row for row in rows["vllm"] if "policy/ratio" in row)
     assert first["policy/ratio_error"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": f"number {i}", "label": "ab"[i % 2]} for i in range(60)],
+        [{"prompt": f"{i} is odd or even", "choices": ["odd", "even"], "answer": (i + 1) % 2} for i in range(60)],
+        [{"prompt": f"{i} + 1", "answer": i + 1} for i in range(60)],
+    ],
+    ids=["classification", "choice", "generation"],
+)
+def test_prompts_are_judged_as_by_the_model_itself(rows: list[Any], vllm: type[LLM], tmp_path: Path) -> None:
+    data = tmp_path / "items.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how: dict[str, Any] = {
+        "model": MODEL.replace("32", "16") + ",vocab=word", "data": str(data), "precision": "fp32", "max_samples": 8,
+        "search_items": 6, "validation_items": 6, "eval_items": 6, "max_new_tokens": 3,
+    }  # fmt: skip
+    found = []
+    for sampler in ("local", "vllm"):
+        run = guerdon.train("random-pruning", **how, sampler=sampler, out=str(tmp_path / sampler))
+        found.append([json.loads(line) for line in (run.path / "policy" / "history.jsonl").read_text().splitlines()])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.pop("reward") == pytest.approx(theirs.pop("reward"), abs=1e-3) and ours == theirs
+    assert len(vllm.started) == 1
+    with pytest.raises(ConfigError, match="needs a masked one"):
+        guerdon.train("icl", **how, sampler="vllm", template="{text} {mask}", out=str(tmp_path / "masked"))
 
 
 def test_a_missing_package_is_named(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,16 @@ SMALL = {
     "precision": "fp32", "search_items": 6, "validation_items": 8, "eval_items": 10, "max_samples": 40,
     "checkpoint_every": 2, "keep_checkpoints": 1,
 }  # fmt: skip
+WRITES = {"write_tokens": 8, "model": "tiny:layers=1,width=16,heads=2,vocab=word,context=1024"}
 QUINE = {"method": "promptquine", "population": 3, "reproductions": 4, "min_length": 0}
 KINDS = {
     "gga": QUINE,
     "ssga": {**QUINE, "mode": "ssga", "halving": True},
     "tapruning": {"method": "tapruning", "order": "shuffled"},
     "attribution": {"method": "attribution-pruning"},
+    "evoprompt": {"method": "evoprompt", "mode": "de", "population": 4, **WRITES},
+    "ape": {"method": "ape", "proposals": 12, "rounds": 0, **WRITES},
+    "rlprompt": {"method": "rlprompt", "hidden": 16, "batch_size": 4, "lr": 1e-2},
 }
 
 

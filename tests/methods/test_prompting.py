@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 import guerdon
 from guerdon.cli import main
-from guerdon.errors import ConfigError, DataError
+from guerdon.errors import ConfigError, DataError, GuerdonError
 from guerdon.evaluation.compare import _settings, _trials
 from guerdon.evaluation.metrics import Evaluation
 from guerdon.evaluation.trials import guerdon_command
@@ -30,9 +31,12 @@ from guerdon.language.prompting import (
     check_verbalizers,
     few_shot,
     parse_template,
+    random_words,
 )
+from guerdon.llm import Request, gather, make_client
 from guerdon.methods.base import get_method
 from guerdon.methods.prompting.simple import shortened
+from guerdon.rewards.verifiers import get_verifier
 from guerdon.training.config import PromptTraining
 from guerdon.training.distributed import Distribution
 from guerdon.training.prompting import PromptRun, Score, item_gaps, material
@@ -244,7 +248,7 @@ def test_probabilities_are_those_of_each_prompt_and_item_alone():
             logps = [alone(reader, prompt.fill(item.columns), word) for word in (" bad", " good")]
             np.testing.assert_allclose(p, softmax(np.array(logps)), atol=1e-5)
     assert reader.answers(full, items) == [items[0].choices[int(p.argmax())] for p in found[0]]
-    gaps = item_gaps(reader, prompts, items, "exact")
+    gaps = item_gaps(reader, prompts, items, get_verifier("exact"))
     np.testing.assert_allclose(gaps, [[p[1] - p[0] for p in row] for row in found])
 
 
@@ -275,8 +279,8 @@ def test_free_answers_are_greedy_and_end_at_a_line_break():
     (texts,) = reader.texts([prompt], items)
     assert texts == reader.texts([prompt, prompt], items)[1] and not any("\n" in text for text in texts)
     right = [Item(item.columns, text) for item, text in zip(items, texts, strict=True)]
-    assert item_gaps(reader, [prompt], right, "exact").tolist() == [[1, 1]]
-    assert item_gaps(reader, [prompt], items, "exact").tolist() == [[0, 0]]
+    assert item_gaps(reader, [prompt], right, get_verifier("exact")).tolist() == [[1, 1]]
+    assert item_gaps(reader, [prompt], items, get_verifier("exact")).tolist() == [[0, 0]]
     assert Score.of(np.array([1.0, 0.0])) == Score(0.5, 100.0)
 
 
@@ -294,6 +298,32 @@ def test_sides_do_not_depend_on_the_seed(data):
         assert sum(map(len, sides)) == len(set().union(*sides)) == 2 + 6 + 8 + 10
         assert sorted(i.answer for i in said.demonstrations) == ["negative", "positive"]
     assert a.digests() != b.digests() and a.digests()["test"] == b.digests()["test"]
+
+
+def test_labels_and_verbalizers_at_random(data, tmp_path):
+    plain = material(PromptTraining(**options(data, shots=8)))
+    random = material(PromptTraining(**options(data, shots=8, labels="random")))
+    assert [i.columns for i in random.demonstrations] == [i.columns for i in plain.demonstrations]
+    wrong = [a.answer != b.answer for a, b in zip(random.demonstrations, plain.demonstrations, strict=True)]
+    assert 0.2 < np.mean(wrong) < 0.8 and {i.answer for i in random.demonstrations} == {"negative", "positive"}
+    assert (random.search, random.validation, random.test) == (plain.search, plain.validation, plain.test)
+    assert random.digests()["demonstrations"] != plain.digests()["demonstrations"]
+
+    words = []
+    for seed in (0, 0, 1):
+        config = PromptTraining(**options(data, verbalizers=("random",), seed=seed))
+        run = PromptRun(get_method("icl")(), config, Distribution(), tmp_path)
+        words.append(run.answerer.words)
+        check_verbalizers(run.answerer.words, run.answerer.policy.tokenizer)
+        shown = [run.answerer.words[item.answer] for item in run.material.demonstrations]
+        assert all(f"Label: {word}" in run.prompt.text for word in shown)
+        assert {answer for _, answer in run.examples} == set(run.answerer.words.values())
+    assert words[0] == words[1] != words[2] and set(words[0]) == {"negative", "positive"}
+    guerdon.train("icl", **options(data, verbalizers=("random",), labels="random"), out=str(tmp_path / "run"))
+    assert guerdon.load_policy(tmp_path / "run").answerer.words == words[0]
+    few = ("a b c def", "x")  # of which one could be a verbalizer
+    with pytest.raises(ConfigError, match="has no 2 words"):
+        random_words(["a", "b"], load_model(TINY, texts=few)[1], np.random.default_rng(0))
 
 
 def test_a_file_of_its_own_for_the_test(data, tmp_path):
@@ -314,6 +344,7 @@ def test_a_file_of_its_own_for_the_test(data, tmp_path):
     [
         ({"verbalizers": ("positiv=good",)}, "Did you mean 'positive'"),
         ({"verbalizers": ("good",)}, "has to be CLASS=WORD"),
+        ({"style": "model#class"}, "style judges answers in words"),
         ({"template": "{txt}"}, "Did you mean 'text'"),
         ({"max_updates": 3}, "counted in prompt evaluations"),
         ({"eval_every": 3}, "tested once, at the end"),
@@ -379,12 +410,82 @@ def test_the_full_prompt_is_the_start_of_a_comparison(data, tmp_path):
     assert start.items == icl.items and start.metrics["reward"].tolist() == icl.metrics["reward"].tolist()
 
 
-@pytest.mark.parametrize("method", ["tapruning", "random-pruning", "attribution-pruning", "information-pruning"])
+WRITES = {"write_tokens": 8, "llm": TINY.replace("word", "char,context=2048")}
+OPTIONS = {"evoprompt": {**WRITES, "iterations": 0}, "ape": WRITES, "rlprompt": {"hidden": 8}}
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["tapruning", "random-pruning", "attribution-pruning", "information-pruning", "evoprompt", "ape", "rlprompt"],
+)
 def test_every_method_keeps_its_budget(method, data, tmp_path):
-    run = guerdon.train(method, **options(data, max_samples=25), out=str(tmp_path / "run"))
+    run = guerdon.train(method, **options(data, max_samples=25), **OPTIONS.get(method, {}), out=str(tmp_path / "run"))
     rows = (run.path / "policy" / "history.jsonl").read_text().splitlines()
     assert 5 < len(rows) <= 25 and run.metrics()[-1]["progress/samples"] <= 25
     assert (run.path / "evaluation.json").exists()
+
+
+def test_instructions_stand_before_the_full_prompt(data, tmp_path):
+    given = ("Is it good or bad?", "Say how it was.")
+    run = guerdon.train(
+        "evoprompt", population=3, iterations=1, instructions=given, rerank=20, **WRITES, **options(data),
+        out=str(tmp_path / "run"),
+    )  # fmt: skip
+    full, *rows = [json.loads(line) for line in (run.path / "policy" / "history.jsonl").read_text().splitlines()]
+    assert [row["instruction"] for row in rows[:2]] == list(given)
+    for row in rows:
+        assert row["prompt"] == f"{row['instruction']}\n\n{full['prompt']}" and row["tokens"] > full["tokens"]
+    metrics = run.metrics()[-1]
+    assert metrics["llm/requests"] == 4 and metrics["llm/tokens"] > 4 * 8
+    said = json.loads((run.path / "policy" / "prompt.json").read_text())
+    policy = guerdon.load_policy(run.path)
+    assert policy.prompt.text == said["text"] and policy.prompt.text.endswith(said["full"])
+    assert said["text"] == (f"{said['instruction']}\n\n" if said["instruction"] else "") + said["full"]
+    assert policy.predict(["the film was good"])[0] in ("negative", "positive")
+
+
+def test_a_model_that_cannot_be_asked_says_so(data, tmp_path):
+    run = prepared("ape", data, tmp_path)
+    run.answerer.policy.tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="has no chat template, so that it cannot be asked: give --llm"):
+        run.method.setup(run)
+
+
+def test_replies_are_kept_and_replayed(data, tmp_path):
+    """From a cache nothing is asked again, and from a cassette a run without the LLM is the same."""
+    how = {**options(data, max_samples=12), "llm": WRITES["llm"], "write_tokens": 8, "proposals": 8}
+    runs = [guerdon.train("ape", **how, cache=str(tmp_path / "kept"), out=str(tmp_path / str(i))) for i in range(2)]
+    with sqlite3.connect(tmp_path / "kept") as kept:
+        rows = kept.execute("SELECT request, replies FROM replies").fetchall()
+    assert len(rows) == 8
+    client = make_client(how["llm"], record=tmp_path / "tape")
+    gather(client, [Request(**json.loads(request)) for request, _ in rows]).complete()
+    runs.append(guerdon.train("ape", **{**how, "llm": f"cassette:{tmp_path / 'tape'}"}, out=str(tmp_path / "2")))
+    texts = [(run.path / "policy" / "history.jsonl").read_text() for run in runs]
+    assert texts[0] == texts[1] == texts[2] and "instruction" in texts[0]
+    other = f"cassette:{tmp_path / 'tape'}"
+    with pytest.raises(GuerdonError, match=r"holds no reply to this request.* `guerdon resume"):
+        guerdon.train("ape", **{**how, "llm": other, "seed": 1}, out=str(tmp_path / "3"))
+
+
+def test_the_policy_learns_the_tokens_that_are_rewarded(data, tmp_path):
+    """Prompts that hold more of some letters are better: soft Q-learning comes to write them."""
+    options_ = {"hidden": 64, "lr": 1e-2, "batch_size": 32, "length": 3, "target_speed": 0.2}
+    method = get_method("rlprompt")(**options_)
+    run = PromptRun(method, PromptTraining(**options(data, max_samples=4000)), Distribution(), tmp_path)
+    method.setup(run)
+    before = {name: p.clone() for name, p in run.answerer.policy.model.named_parameters()}
+
+    def judge(prompts, half):
+        heads = [p.text.removesuffix(run.prompt.text) for p in prompts]
+        return [Score(0.5, 10.0 * sum(head.count(c) for c in "aeiou") / max(1, len(head))) for head in heads]
+
+    run.judge = judge
+    rows = list(method.learn(run))
+    first, last = (np.mean([row["search/mean"] for row in part]) for part in (rows[1:9], rows[-8:]))
+    assert last > first + 1.5
+    assert rows[-1]["policy/entropy"] < rows[1]["policy/entropy"] - 0.3
+    assert all((p == before[name]).all() for name, p in run.answerer.policy.model.named_parameters())  # frozen
 
 
 def prepared(method: str, data: Path, tmp_path: Path, **other) -> PromptRun:
@@ -436,12 +537,17 @@ def test_halving_judges_only_what_is_as_good_as_the_worst_parent(data, tmp_path)
     run.evaluate([run.everything])
     children = [tuple(i for i in run.everything if i != t) for t in run.prompt.prunable[:6]]
     first_half = run.material.search[:3]
-    firsts = [Score.of(g) for g in item_gaps(run.answerer, [run.prompt.keep(c) for c in children], first_half, "exact")]
+    firsts = [
+        Score.of(g)
+        for g in item_gaps(run.answerer, [run.prompt.keep(c) for c in children], first_half, get_verifier("exact"))
+    ]
     least = float(np.median([score.reward for score in firsts]))
     found = run.evaluate(children, ("reward", least))
     assert asked == [(1, None), (6, 0), (3, 1)]
     for i, first, child in zip(found, firsts, children, strict=True):
-        both = Score.of(item_gaps(run.answerer, [run.prompt.keep(child)], run.material.search, "exact")[0])
+        both = Score.of(
+            item_gaps(run.answerer, [run.prompt.keep(child)], run.material.search, get_verifier("exact"))[0]
+        )
         assert run.archive[i].score.reward == pytest.approx((both if first.reward >= least else first).reward, abs=1e-3)
     assert run.cursor.samples == 7 and len(run.archive) == 7
     run.evaluate(children)
@@ -469,7 +575,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(data, tmp_path):
         return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in RunDir.open(run).metrics()]
 
     killed = sorted(tmp_path.glob("*/killed-*"))
-    assert len(killed) == 8
+    assert len(killed) == 14
     for path in killed:
         whole = path.with_name("whole")
         assert rows(path) == rows(whole)

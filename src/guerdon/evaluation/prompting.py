@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+
 from guerdon.errors import ConfigError
 from guerdon.evaluation.evaluate import _keys
 from guerdon.evaluation.metrics import EVALUATION, Evaluation
 from guerdon.feedback.records import Record
 from guerdon.language.prompting import Answerer, Prompt, PromptPolicy
+from guerdon.rewards.style import STYLE
+from guerdon.rewards.verifiers import Verifier
 from guerdon.training.config import FULL_PROMPT, PromptTraining
 from guerdon.training.prompting import (
     Material,
@@ -17,8 +21,11 @@ from guerdon.training.prompting import (
     full_prompt,
     item_gaps,
     load_answerer,
+    load_judge,
     margin_reward,
     material,
+    value,
+    verdicts,
 )
 
 
@@ -34,23 +41,23 @@ def evaluate_prompt(policy: str | Path, config: PromptTraining) -> Evaluation:
     said = material(config)
     if str(policy).startswith(FULL_PROMPT):
         answerer = load_answerer(config, said)
-        return _evaluation(answerer, full_prompt(said, answerer), said, config)
+        return _evaluation(answerer, full_prompt(said, answerer), said, load_judge(config, answerer))
     judged = PromptPolicy.load(policy, config.precision)
     prompt, kind = judged.prompt, judged.answerer.kind
     columns = said.test[0].columns
-    if kind != said.labelled.kind or not {prompt.tokens[i] for i in prompt.slots} <= set(columns):
-        slots = ", ".join(f"{{{prompt.tokens[i]}}}" for i in sorted(prompt.slots))
+    if kind != said.labelled.kind or not set(prompt.columns) <= set(columns):
+        slots = ", ".join(f"{{{column}}}" for column in prompt.columns)
         raise ConfigError(
             f"{policy} is a prompt for {kind} with the slots {slots}, and {config.data} holds items for "
             f"{said.labelled.kind} with {', '.join(columns)}."
         )
-    return _evaluation(judged.answerer, prompt, said, config)
+    return _evaluation(judged.answerer, prompt, said, load_judge(config, judged.answerer))
 
 
 def evaluate_chosen(run: PromptRun) -> Evaluation:
     """Judge the prompt that validation chose on the test items."""
     tried, _, _ = run.selected()
-    return _evaluation(run.answerer, run.prompt.keep(tried.kept), run.material, run.config)
+    return _evaluation(run.answerer, tried.prompt, run.material, run.verifier)
 
 
 def evaluate_prompt_run(run: PromptRun) -> dict[str, float]:
@@ -63,21 +70,28 @@ def evaluate_prompt_run(run: PromptRun) -> dict[str, float]:
     found = evaluate_chosen(run)
     found.save(run.directory / EVALUATION)
     means = found.means()
+    factors = [means[name] for name in ("content", "style", "fluency") if name in means]
     return {
         **{f"eval/{name}": value for name, value in means.items()},
+        **({"eval/gm": float(np.prod(factors) ** (1 / 3))} if factors else {}),
         "eval/score": means[found.primary],
         "selection/search_accuracy": tried.score.accuracy,
         "selection/validation_accuracy": validation.accuracy,
         "selection/candidates": count,
-        "selection/tokens": len(tried.kept),
+        "selection/tokens": len(tried.prompt),
     }
 
 
-def _evaluation(answerer: Answerer, prompt: Prompt, said: Material, config: PromptTraining) -> Evaluation:
-    gaps = item_gaps(answerer, [prompt], said.test, config.verifier)[0]
+def _evaluation(answerer: Answerer, prompt: Prompt, said: Material, judge: Verifier) -> Evaluation:
     items = [Record(json.dumps(i.columns), list(i.choices), columns={"answer": i.answer}) for i in said.test]
-    metrics = {"accuracy": (gaps > 0).astype(float)}
-    if answerer.kind != "generation":
-        metrics["reward"] = margin_reward(gaps)
+    primary = "joint" if judge.name == STYLE else "accuracy"
+    if answerer.kind == "generation":
+        (found,) = verdicts(answerer, [prompt], said.test, judge)
+        metrics = {primary: np.array([value(verdict, judge) for verdict in found])}
+        if primary == "joint":
+            metrics |= {name: np.array([float(v.parts[name][0]) for v in found]) for name in found[0].parts}
+    else:
+        (gaps,) = item_gaps(answerer, [prompt], said.test, judge)
+        metrics = {primary: (gaps > 0).astype(float), "reward": margin_reward(gaps)}
     dtype = str(answerer.policy.model.dtype)
-    return Evaluation(_keys(items), metrics, "accuracy", {"tokens": len(prompt), "dtype": dtype})
+    return Evaluation(_keys(items), metrics, primary, {"tokens": len(prompt), "dtype": dtype})

@@ -68,6 +68,39 @@ def load_model(name: str, *, dtype: str = "float32", seed: int = 0, texts: Itera
     return model, tokenizer
 
 
+def load_other(kind: str, name: str) -> tuple[Any, Any]:
+    """A model of another kind than a causal one, in fp32 and for inference, and its tokenizer.
+
+    Args:
+        kind: of transformers' auto classes: ForMaskedLM, ForSequenceClassification, ForTokenClassification.
+        name: a directory, or a hub id.
+
+    Raises:
+        ConfigError: the name leads to no model, or to one of another kind.
+    """
+    if name == BUNDLED or name.startswith("tiny:") or name.endswith(".gguf"):
+        raise ConfigError(
+            f"model '{name}' is a causal one, and a model {kind} is needed: give a directory or a hub id."
+        )
+    check_name(name)
+    import transformers
+
+    auto, said = getattr(transformers, f"AutoModel{kind}"), transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # weights of other heads are no news, and missing ones are told below
+    try:
+        with _without_progress():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            model, found = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # whatever transformers meets in the files: missing, cut short, of another kind
+        raise ConfigError(f"model '{name}' cannot be loaded {kind}: {_first_line(error)}.") from error
+    finally:
+        transformers.logging.set_verbosity(said)
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(f"model '{name}' is none {kind}: it lacks the weights {', '.join(missing[:3])}.")
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+    return model, tokenizer
+
+
 def add_lora(model: Any, rank: int, alpha: float, seed: int = 0) -> Any:
     """`model` with trainable low-rank adapters W + (alpha / rank) B A on all linear layers but the output layer.
 

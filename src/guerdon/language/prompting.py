@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,8 +17,13 @@ from guerdon.language.policy import Policy
 from guerdon.language.sampling.base import Sampling
 from guerdon.language.templates import prompt_ids
 
+if TYPE_CHECKING:
+    from guerdon.language.sampling.vllm import VLLMSampler
+
 SLOT = re.compile(r"\{(\w+)\}")
+WORD = re.compile(r"[a-z]{3,}")
 BETWEEN = "\n\n"  # demonstrations
+MASK = "mask"  # the slot that a masked language model fills
 TEMPLATES: dict[TaskKind, str] = {
     "classification": "{text}\nLabel:",
     "choice": "Question: {prompt}\nAnswer:",
@@ -27,7 +32,7 @@ TEMPLATES: dict[TaskKind, str] = {
 # What calibration asks about instead of an item (Zhao et al. 2021, "Calibrate before use").
 CONTENT_FREE = ("N/A", "", "[MASK]")
 FILE = "prompt.json"
-FACTS = ("model", "full", "kept", "splits", "scores")  # of a policy, beside what it answers with
+FACTS = ("model", "full", "kept", "instruction", "splits", "scores")  # of a policy, beside what it answers with
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,16 @@ class Prompt:
         return "".join(f"{{{token}}}" if i in self.slots else token for i, token in enumerate(self.tokens))
 
     @property
+    def columns(self) -> list[str]:
+        """The columns that fill its slots."""
+        return [self.tokens[i] for i in sorted(self.slots) if self.tokens[i] != MASK]
+
+    @property
+    def masked(self) -> bool:
+        """Whether a masked language model answers, in a slot of its own."""
+        return any(self.tokens[i] == MASK for i in self.slots)
+
+    @property
     def prunable(self) -> tuple[int, ...]:
         """Positions that may be left out."""
         return tuple(i for i in range(len(self)) if i not in self.slots)
@@ -80,6 +95,13 @@ class Prompt:
             tuple(self.tokens[i] for i in kept),
             tuple(self.ids[i] for i in kept),
             frozenset(new for new, old in enumerate(kept) if old in self.slots),
+        )
+
+    def instructed(self, instruction: str, tokenizer: Any) -> Prompt:
+        """The prompt with an instruction before it."""
+        head = Prompt.of([(instruction + BETWEEN, False)], tokenizer)
+        return Prompt(
+            head.tokens + self.tokens, head.ids + self.ids, frozenset(slot + len(head) for slot in self.slots)
         )
 
     def fill(self, columns: Mapping[str, str]) -> str:
@@ -104,11 +126,15 @@ def _pieces(text: str, tokenizer: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
 def parse_template(template: str, columns: Sequence[str], where: str) -> list[tuple[str, bool]]:
     r"""The runs of a template, (text, whether it is a slot); `\n` stands for a line break.
 
+    The slot `{mask}` is filled by a masked language model.
+
     Raises:
-        ConfigError: a slot that no column fills, or no slot at all.
+        ConfigError: a slot that no column fills, no slot for an item at all, or several for the answer.
     """
     pieces = SLOT.split(template.replace("\\n", "\n"))
-    slots = pieces[1::2]
+    if pieces[1::2].count(MASK) > 1:
+        raise ConfigError(f"the template {template!r} has several slots {{{MASK}}}, and the answer is one word.")
+    slots = [slot for slot in pieces[1::2] if slot != MASK]
     for slot in slots:
         if slot not in columns:
             raise ConfigError(
@@ -130,8 +156,9 @@ def few_shot(
     """
     shown = ""
     for item in demonstrations:
-        filled = "".join(item.columns[text] if is_slot else text for text, is_slot in template)
-        shown += f"{filled}{continuation(item.answer, words)}{BETWEEN}"
+        columns = {**item.columns, MASK: words.get(item.answer, item.answer)}
+        filled = "".join(columns[text] if is_slot else text for text, is_slot in template)
+        shown += f"{filled}{'' if (MASK, True) in template else continuation(item.answer, words)}{BETWEEN}"
     first, *rest = template
     if first[1]:
         return [*([(shown, False)] if shown else []), first, *rest]
@@ -159,6 +186,23 @@ def check_verbalizers(words: Mapping[str, str], tokenizer: Any) -> None:
         seen[ids[0]] = name
 
 
+def random_words(classes: Sequence[str], tokenizer: Any, rng: np.random.Generator) -> dict[str, str]:
+    """A verbalizer for each class that says nothing: English-looking words of the vocabulary, each a single token.
+
+    Raises:
+        ConfigError: the vocabulary has too few of them.
+    """
+    found: list[str] = []
+    for token in rng.permutation(len(tokenizer)).tolist():
+        word = tokenizer.decode([token]).strip()
+        if WORD.fullmatch(word) and word not in found:
+            if tokenizer(f" {word}", add_special_tokens=False).input_ids == [token]:
+                found.append(word)
+            if len(found) == len(classes):
+                return dict(zip(classes, found, strict=True))
+    raise ConfigError(f"the model's vocabulary has no {len(classes)} words that could be random verbalizers.")
+
+
 @dataclass(frozen=True)
 class Answerer:
     """A language model that answers items under any prompt.
@@ -170,6 +214,7 @@ class Answerer:
         calibrate: divide probabilities by those that the prompt gives where an item has no content.
         max_new_tokens: of an answer in words, which ends at a line break.
         max_tokens: computed in one forward pass.
+        engine: answers instead of the model itself: in words, and by probability where choices are single tokens.
     """
 
     policy: Policy
@@ -178,6 +223,7 @@ class Answerer:
     calibrate: bool = False
     max_new_tokens: int = 32
     max_tokens: int = 4096
+    engine: VLLMSampler | None = None
 
     def probabilities(self, prompts: Sequence[Prompt], items: Sequence[Item]) -> list[list[np.ndarray]]:
         """For each prompt and each item the probabilities (choices,) of the item's choices, which sum to 1.
@@ -203,9 +249,10 @@ class Answerer:
 
     def texts(self, prompts: Sequence[Prompt], items: Sequence[Item]) -> list[list[str]]:
         """For each prompt and each item the likeliest answer, token by token, up to a line break."""
-        filled = [prompt.fill(item.columns) for prompt in prompts for item in items]
+        ids = [prompt_ids(prompt.fill(item.columns), self.policy.tokenizer) for prompt in prompts for item in items]
         sampling = Sampling(max_new_tokens=self.max_new_tokens, temperature=0.0, stop=("\n",))
-        answers = [completions[0].text.strip() for completions in self.policy.answer(filled, 1, sampling)]
+        found = (self.engine or self.policy.sampler).sample(ids, [[0]] * len(ids), sampling)
+        answers = [completions[0].text.strip() for completions in found]
         return [answers[i : i + len(items)] for i in range(0, len(answers), len(items))]
 
     def answers(self, prompt: Prompt, items: Sequence[Item]) -> list[str]:
@@ -224,13 +271,15 @@ class Answerer:
         tokenizer = self.policy.tokenizer
         texts = {continuation(choice, self.words) for _, choices in asked for choice in choices}
         ids = {text: tokenizer(text, add_special_tokens=False).input_ids for text in texts}
-        pairs = [
-            (context, ids[continuation(choice, self.words)])
+        asked_of = [
+            (prompt_ids(prompt.fill(columns), tokenizer), [ids[continuation(choice, self.words)] for choice in choices])
             for prompt in prompts
             for columns, choices in asked
-            for context in [prompt_ids(prompt.fill(columns), tokenizer)]
-            for choice in choices
         ]
+        if self.engine is not None and all(self.engine.can_rank(tokens) for _, tokens in asked_of):
+            rank = self.engine.next_logps([c for c, _ in asked_of], [[one for (one,) in t] for _, t in asked_of])
+            return [rank[i : i + len(asked)] for i in range(0, len(rank), len(asked))]
+        pairs = [(context, one) for context, tokens in asked_of for one in tokens]
         scores = iter(score_pairs(self.policy.model, pairs, max_tokens=self.max_tokens))
         return [[np.array([next(scores).sum(dtype=float) for _ in choices]) for _, choices in asked] for _ in prompts]
 
@@ -246,8 +295,8 @@ class PromptPolicy:
     Attributes:
         answerer: the model and how it answers.
         prompt: the prompt.
-        facts: where the prompt comes from: `model`, `full` (the text it was made of), `kept` (positions in it), digests
-            of the splits, scores.
+        facts: where the prompt comes from: `model`, `full` (the text it was made of), `kept` (positions in it),
+            `instruction` (what stands before them), digests of the splits, scores.
     """
 
     def __init__(self, answerer: Answerer, prompt: Prompt, facts: Mapping[str, Any]):
@@ -270,7 +319,7 @@ class PromptPolicy:
         return [dict(zip(item.choices, p.tolist(), strict=True)) for item, p in zip(asked, found, strict=True)]
 
     def _item(self, item: str | Mapping[str, Any]) -> Item:
-        slots = [self.prompt.tokens[i] for i in sorted(self.prompt.slots)]
+        slots = self.prompt.columns
         columns: dict[str, Any] = {slots[0]: item} if isinstance(item, str) else dict(item)
         choices = tuple(columns.pop("choices", None) or self.answerer.words)
         if missing := [slot for slot in slots if not isinstance(columns.get(slot), str)]:
@@ -326,6 +375,10 @@ class PromptPolicy:
                 raise ValueError(f"there is no kind '{kind}'")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path / FILE} is no prompt policy ({type(error).__name__}: {error}).") from error
-        policy = Policy.load(path / "model" if (path / "model").is_dir() else name, precision)
         facts = {k: v for k, v in said.items() if k in FACTS}
+        if prompt.masked:
+            from guerdon.language.masked import MaskedAnswerer
+
+            return cls(replace(MaskedAnswerer.load(name, precision, words), calibrate=calibrate), prompt, facts)
+        policy = Policy.load(path / "model" if (path / "model").is_dir() else name, precision)
         return cls(Answerer(policy, kind, words, calibrate, max_new_tokens), prompt, facts)

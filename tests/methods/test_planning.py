@@ -250,7 +250,20 @@ def test_the_folded_network_is_the_network(q, batch_norm):
     assert whole.std() > 0.1
     for k in range(2):
         torch.testing.assert_close(net.inference(k)(states[k]), whole[k], atol=1e-5, rtol=1e-5)
-        assert net.heuristic(k)(states[k].numpy()).shape == ((30, 5) if q else (30,))
+        values = net.heuristic(k)
+        for few in (1, 5, 30):  # compiled, or in torch
+            found = torch.from_numpy(values(states[k, :few].numpy()))
+            torch.testing.assert_close(found, whole[k, :few], atol=1e-5, rtol=1e-5)
+
+
+def test_a_network_that_diverged_is_refused():
+    puzzle = make_puzzle("pancake6")
+    start = puzzle.walk(np.array([9]), np.random.default_rng(0))
+    for part in ("layers.0", "blocks.1"):
+        net = network(True).eval()
+        net.get_parameter(f"{part}.linear.weight").data[0, 3] = torch.nan
+        with pytest.raises(InvariantError, match="nan"):
+            q_star(puzzle, net.heuristic(0), start)
 
 
 def test_batch_norm_is_that_of_torch_seed_by_seed():

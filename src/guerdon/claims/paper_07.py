@@ -141,6 +141,7 @@ CLAIM = Claim(
     settings={
         "pancake8": {**PANCAKES, "weight": 1.0},
         "pancake8-weighted": {**PANCAKES, "weight": 0.6},
+        "cube3-156": {**CUBE, "puzzles": ["cube3", "cube3?meta=2"], "weight": 1.0},
         "cube3": {**CUBE, "weight": 1.0},
         "cube3-weighted": {**CUBE, "weight": 0.6},
     },
@@ -155,6 +156,8 @@ CLAIM = Claim(
                 *(NotBelow("q-star", "exact", 0.1, where, f"cost/{actions}") for actions in (7, 49)),
             )
         ),
+        Above("q-star", "a-star", 1.0, "cube3-156"),
+        Above("q-star", "a-star", 0.0, "cube3-156", "nodes/156"),
         Above("q-star", "a-star", 1.0, "cube3"),
         *(Above("q-star", "a-star", 0.0, "cube3", f"nodes/{actions}") for actions in (12, 1884)),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def make_client(
     concurrency: int | None = None,
     per_minute: float = 0,
     timeout: float = 600,
+    stream: Callable[[Request, int, str], None] | None = None,
 ) -> Client:
     """The client that a name stands for.
 
@@ -47,7 +49,9 @@ def make_client(
         concurrency: requests under way at a time; by default 8 at a server, and 64 in this process, where they share
             batches.
         per_minute: requests begun in a minute, evenly spaced; 0 for no limit.
-        timeout: seconds that a server may take to answer.
+        timeout: seconds that a server may take to answer, or to go on with a stream.
+        stream: has the replies of a server streamed, and is told of each as it grows: the request, which of its
+            replies, and the text so far. What comes from a cache or a cassette is not told.
 
     Raises:
         ConfigError: an address, model or cassette that does not exist, or options that it cannot take.
@@ -64,7 +68,9 @@ def make_client(
     if spec.startswith(("http://", "https://")):
         from guerdon.llm.http import HTTPClient
 
-        client = HTTPClient(spec, per_minute=per_minute, timeout=timeout, **how)
+        client = HTTPClient(spec, per_minute=per_minute, timeout=timeout, stream=stream, **how)
+    elif stream is not None:
+        raise ConfigError(f"{spec}: only a server's replies are streamed, and this is no address (http://...).")
     else:
         from guerdon.llm.local import LocalClient
 

@@ -4,8 +4,8 @@
     replies = await client.chat([{"role": "user", "content": "1 + 1 ="}], n=4)
     found = gather(client, [Request(prompt=p, max_tokens=8) for p in prompts])
 
-A prompt that is a string is completed; one that is a list of messages is answered. Left out are tool calls, images and
-streams: methods read whole replies, and what a model may do is written in its prompt.
+A prompt that is a string is completed; one that is a list of messages is answered. Left out are tool calls and images:
+what a model may do is written in its prompt. Methods read whole replies; who wants to see one grow has it streamed.
 """
 
 from __future__ import annotations

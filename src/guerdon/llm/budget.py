@@ -24,8 +24,9 @@ class Budget:
     """Limits of requests, tokens and cost; one budget may be shared by several clients.
 
     Every attempt counts as a request. An attempt that brought no whole answer counts with the most that it can have
-    taken, because the server may have done the work; one that was answered with an error takes no tokens. What a cache
-    or a cassette replies costs nothing.
+    taken, because the server may have done the work; of a stream that broke it is what had come, since servers stop
+    when nobody listens any more. One that was answered with an error takes no tokens. What a cache or a cassette
+    replies costs nothing.
 
     Args:
         requests: that may be sent.
@@ -75,7 +76,7 @@ class Budget:
             taken = sum((reply.usage for reply in replies), Usage())
             return replies
         except Again as again:
-            taken = most if again.status_code is None else Usage()
+            taken = again.taken or (most if again.status_code is None else Usage())
             raise
         except GuerdonError:
             taken = Usage()

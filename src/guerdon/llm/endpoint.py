@@ -11,11 +11,14 @@ import email.utils
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from guerdon.errors import ConfigError, DataError, GuerdonError, near
+
+if TYPE_CHECKING:
+    from guerdon.llm.base import Usage
 
 T = TypeVar("T")
 
@@ -32,11 +35,13 @@ class Again(Exception):
         error: what is raised when there is no next one.
         wait: seconds that the server asks for, or None.
         status_code: of the answer; None where no whole one came, so that the work may have been done all the same.
+        taken: tokens that it took, where that is known.
     """
 
     def __init__(self, error: GuerdonError, status_code: int | None = None, wait: float | None = None):
         super().__init__(str(error))
         self.error, self.status_code, self.wait = error, status_code, wait
+        self.taken: Usage | None = None
 
 
 async def persist(attempt: Callable[[], Awaitable[T]], retries: int | None = None) -> T:
@@ -102,7 +107,7 @@ class Endpoint:
             self.model, self._client = self.model or names[0], client
 
     async def _models(self, client: Any) -> list[str]:
-        listed = await self._once(lambda: client.get("/models", cast_to=object))
+        listed = self._json(await self._once(lambda: client.get("/models", cast_to=object)))
         try:
             return [model["id"] for model in listed["data"]]
         except (TypeError, KeyError):
@@ -115,27 +120,49 @@ class Endpoint:
             Again: what may be gone at the next one.
             ConfigError, DataError, GuerdonError: what will not.
         """
-        return await self._once(lambda: self._client.post(path, body=body, cast_to=object))
+        return self._json(await self._once(lambda: self._client.post(path, body=body, cast_to=object)))
+
+    async def stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        """The events of the server's answer as JSON, as they come, in one attempt; raises what `post` does.
+
+        `timeout` holds for each of them.
+        """
+        import openai
+
+        body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        how = {"cast_to": object, "stream": True, "stream_cls": openai.AsyncStream[object]}
+        events = await self._once(lambda: self._client.post(path, body=body, **how))
+        try:
+            while (event := await self._once(lambda: anext(events, None))) is not None:
+                yield self._json(event)
+        finally:
+            await events.close()
 
     async def _once(self, request: Callable[[], Awaitable[Any]]) -> Any:
+        import httpx
         import openai
 
         try:
-            answer = await request()
+            return await request()
         except openai.APIStatusError as error:
             failure = self._failure(error)
             if error.status_code in (408, 409, 429) or error.status_code >= 500:
                 raise Again(failure, error.status_code, _retry_after(error.response.headers)) from None
             raise failure from None  # what it is made of may hold the key
-        except openai.APIConnectionError as error:
+        except (openai.APIConnectionError, httpx.TransportError) as error:
             said = _without_key(str(error.__cause__ or error)) or type(error).__name__
             failure = self.error(f"no answer ({said}). Is the server running, and the address right?")
             raise Again(failure) from None
-        except (ValueError, openai.OpenAIError):
-            answer = None
+        except (ValueError, openai.OpenAIError) as error:
+            if type(error) is openai.APIError:  # an event of a stream
+                said = _without_key(error.message)[:300]
+                raise Again(self.error(f"the server ends its stream with an error: {said}", GuerdonError)) from None
+            return None
+
+    def _json(self, answer: Any) -> Any:
         if isinstance(answer, (dict, list)):
             return answer
-        raise Again(self.error("the server answers with something else than JSON.", GuerdonError)) from None
+        raise Again(self.error("the server answers with something else than JSON.", GuerdonError))
 
     def _failure(self, error: Any) -> GuerdonError:
         """The one message for what a status says."""

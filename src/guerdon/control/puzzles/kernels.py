@@ -43,6 +43,7 @@ class Instances(NamedTuple):
     lower: np.ndarray  # float64, the largest of the smallest priorities that were popped
     upper: np.ndarray  # float64, cost of the best path to the goal
     best: np.ndarray  # int32, the node at its end
+    rounds: np.ndarray  # int64, of popping
     generated: np.ndarray  # int64, nodes
     evaluated: np.ndarray  # int64, states that went to the heuristic
 
@@ -202,6 +203,7 @@ def pop_edges(pool, slots, tables, instances, active, weight, batch, count):
     Returns the number of nodes then; those after `count` are new, and wait for `push_edges` unless they are goals.
     """
     for i in active:
+        instances.rounds[i] += 1
         for b in range(batch):
             node = instances.root[i]
             if node == NONE:
@@ -221,21 +223,32 @@ def pop_edges(pool, slots, tables, instances, active, weight, batch, count):
 
 
 @_compiled
-def push_edges(pool, instances, nodes, q, weight):
-    """Q*: push all edges of new nodes (N,), given q (N, A)."""
-    for k in range(len(nodes)):
-        node = nodes[k]
-        pool.q[node] = q[k]
+def push_edges(pool, instances, first, count, q, weight):
+    """Q*: push all edges of the nodes from `first` to `count` that are no goals, given their q (N, A).
+
+    False where a q is nan.
+    """
+    k = 0
+    for node in range(first, count):
+        if pool.goal[node]:
+            continue
+        for a in range(q.shape[1]):
+            if np.isnan(q[k, a]):
+                return False
+            pool.q[node, a] = q[k, a]
         pool.priority[node], pool.edge[node] = -np.inf, NONE
         instances.evaluated[pool.owner[node]] += 1
         if _next_edge(pool, node, weight):
             _push(pool, instances, node)
+        k += 1
+    return True
 
 
 @_compiled
 def pop_nodes(pool, slots, tables, instances, active, weight, batch, count):
     """A*: pop up to `batch` nodes of every active instance and generate all children; returns as `pop_edges` does."""
     for i in active:
+        instances.rounds[i] += 1
         for b in range(batch):
             node = instances.root[i]
             if node == NONE:
@@ -255,10 +268,30 @@ def pop_nodes(pool, slots, tables, instances, active, weight, batch, count):
 
 
 @_compiled
-def push_nodes(pool, instances, nodes, h, weight):
-    """A*: push new nodes (N,), given h (N,), which of goals is 0 and was not asked for."""
-    for k in range(len(nodes)):
-        node = nodes[k]
-        pool.priority[node] = weight * pool.g[node] + h[k]
-        instances.evaluated[pool.owner[node]] += not pool.goal[node]
+def push_nodes(pool, instances, first, count, h, weight):
+    """A*: push the nodes from `first` to `count`, given h (N,) of those that are no goals; False where one is nan."""
+    k = 0
+    for node in range(first, count):
+        pool.priority[node] = weight * pool.g[node]
+        if not pool.goal[node]:
+            if np.isnan(h[k]):
+                return False
+            pool.priority[node] += h[k]
+            instances.evaluated[pool.owner[node]] += 1
+            k += 1
         _push(pool, instances, node)
+    return True
+
+
+@_compiled
+def going(instances, active, weight, first, max_nodes):
+    """Those of the active instances that are not over: with a bound that is met, the first path, no nodes, too many."""
+    still = active.copy()
+    count = 0
+    for i in active:
+        known = instances.upper[i] < np.inf
+        over = known and (first or instances.lower[i] >= weight * instances.upper[i])
+        over = over or instances.root[i] == NONE or (max_nodes > 0 and instances.generated[i] >= max_nodes)
+        still[count] = i
+        count += not over
+    return still[:count]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from guerdon.control.spaces import Spec
 from guerdon.control.streams import Streams
 
 _TOGETHER = 8192  # states in one forward pass of a search: bounds the memory, never changes a result
+_FEW = 16  # states of which compiled code is sooner done than torch, whatever the widths
 _EPS = 1e-5
 
 
@@ -58,8 +60,22 @@ class _Layer(nn.Module):
         return x.float() if self.norm is None else self.norm(x)
 
     def folded(self, k: int) -> tuple[Tensor, Tensor]:
-        weight, bias = self.linear.weight[k].detach(), self.linear.bias[k].detach()
+        weight, bias = self.linear.weight[k], self.linear.bias[k]
         return (weight, bias) if self.norm is None else self.norm.folded(k, weight, bias)
+
+
+def _product(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    """x to W x + b; on the CPU by oneDNN, which has its widest instructions where MKL has not: on AMD.
+
+    The weight is laid out for it once, by the operators that torch.compile calls too.
+    """
+    mkldnn = torch.ops.mkldnn
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return lambda x: F.linear(x, weight, bias)
+    if weight.dtype == torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
+        return lambda x: F.linear(x, weight, bias)
+    packed = mkldnn._reorder_linear_weight(weight)
+    return lambda x: mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 class CostToGo(nn.Module):
@@ -124,6 +140,7 @@ class CostToGo(nn.Module):
         values = self.head(x)
         return values if self.q else values.squeeze(-1)
 
+    @torch.no_grad()
     def inference(self, k: int) -> Callable[[Tensor], Tensor]:
         """The network of seed k as it stands, for states (N, L) alone: V (N,), or Q (N, A), at least 0.
 
@@ -132,18 +149,19 @@ class CostToGo(nn.Module):
         """
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         layers = [tuple(p.to(dtype) for p in layer.folded(k)) for layer in (*self.layers, *self.blocks)]
-        (first, first_bias), *stem = layers[: len(self.layers)]
-        blocks = list(zip(layers[len(self.layers) :: 2], layers[len(self.layers) + 1 :: 2], strict=True))
+        (first, first_bias), *rest = layers
+        products = [_product(*layer) for layer in rest]
+        stem, blocks = products[: len(self.layers) - 1], products[len(self.layers) - 1 :]
         columns = first.t().contiguous()
-        head, head_bias = self.head.weight[k].detach().clone(), self.head.bias[k].detach().clone()
+        head, head_bias = self.head.weight[k].clone(), self.head.bias[k].clone()
         offsets = torch.arange(self.puzzle.places, device=head.device, dtype=torch.int32) * self.puzzle.values
 
         def values(states: Tensor) -> Tensor:
             x = F.embedding_bag(states + offsets, columns, mode="sum").add_(first_bias).relu_()
-            for weight, bias in stem:
-                x = F.linear(x, weight, bias).relu_()
-            for (weight, bias), (weight2, bias2) in blocks:
-                x = F.linear(F.linear(x, weight, bias).relu_(), weight2, bias2).add_(x).relu_()
+            for layer in stem:
+                x = layer(x).relu_()
+            for one, two in zip(blocks[::2], blocks[1::2], strict=True):
+                x = two(one(x).relu_()).add_(x).relu_()
             return F.linear(x.float(), head, head_bias).clamp_(min=0)
 
         @torch.inference_mode()
@@ -156,10 +174,31 @@ class CostToGo(nn.Module):
 
         return chunked
 
+    @torch.no_grad()
     def heuristic(self, k: int = 0) -> Callable[[np.ndarray], np.ndarray]:
-        """As `inference`, on arrays: what `a_star` (V) and `q_star` (Q) are guided by."""
-        values, device = self.inference(k), self.head.weight.device
-        return lambda states: values(torch.from_numpy(states).to(device)).cpu().numpy()
+        """As `inference`, on arrays: what `a_star` (V) and `q_star` (Q) are guided by.
+
+        A few states in fp32 on the CPU go through `forward`, which is compiled, where numba is installed.
+        """
+        inference, device = self.inference(k), self.head.weight.device
+
+        def many(states: np.ndarray) -> np.ndarray:
+            return inference(torch.from_numpy(states).to(device)).cpu().numpy()
+
+        if device.type != "cpu" or self.precision != "fp32" or not find_spec("numba"):
+            return many
+        from guerdon.control.puzzles.forward import forward
+
+        folded = [layer.folded(k) for layer in (*self.layers, *self.blocks)]
+        layers = [*folded, (self.head.weight[k], self.head.bias[k])]
+        few = forward([(w.numpy(), b.numpy()) for w, b in layers], len(self.layers), self.puzzle.values)
+
+        def values(states: np.ndarray) -> np.ndarray:
+            if len(states) > _FEW:
+                return many(states)
+            return few(states) if self.q else few(states)[:, 0]
+
+        return values
 
     def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:
         """Cheapest actions (S, B) for one-hot observations (S, B, L V)."""

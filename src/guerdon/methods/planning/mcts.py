@@ -14,19 +14,16 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from guerdon.errors import ConfigError, DataError, GuerdonError
 from guerdon.fields import check_range
 
-if TYPE_CHECKING:
-    from guerdon.control.spaces import Spec
-
 
 class Restorable(Protocol):
-    """An environment whose episodes can be brought back: `guerdon.tasks.text.TextEnv`, or a `Simulator`."""
+    """An environment whose episodes can be brought back: `guerdon.tasks.text.TextEnv`, `simulator.Simulator`."""
 
     def step(self, action: Any, /) -> tuple[Any, float, bool, bool, dict[str, Any]]: ...
 
@@ -77,6 +74,7 @@ class Node:
         visits: N, returns that were backed up through here.
         value: V, their mean.
         exhausted: all that lies below has an end.
+        best: at the root, of the ends that were backed up the one of greatest return, and of equals the shortest.
         info: what the environment told beside; it and `state`, its snapshot, are forgotten when the search ends.
     """
 
@@ -89,6 +87,7 @@ class Node:
     visits: int = 0
     value: float = 0.0
     exhausted: bool = False
+    best: Node | None = None
     info: dict[str, Any] = field(default_factory=dict)
     state: Any = None
     parent: Node | None = None
@@ -97,7 +96,11 @@ class Node:
     @property
     def path(self) -> list[Node]:
         """From the root to this node."""
-        return [*(self.parent.path if self.parent else ()), self]
+        way, node = [self], self.parent
+        while node is not None:
+            way.append(node)
+            node = node.parent
+        return way[::-1]
 
     def walk(self) -> Iterator[Node]:
         """This node and all below it, parents first."""
@@ -258,8 +261,12 @@ def score(child: Node, how: MCTS) -> float:
 def back_up(end: Node, how: MCTS) -> None:
     """Add the return of an episode to all nodes on its way; to a failed end its own value."""
     end.add(how.failure if end.reward == 0 else end.reward)
-    for node in end.path[:-1]:
+    way = end.path
+    for node in way[:-1]:
         node.add(end.reward)
+    root = way[0]
+    if root.best is None or (end.reward, -end.depth) > (root.best.reward, -root.best.depth):
+        root.best = end
 
 
 def together(
@@ -304,43 +311,3 @@ def distinct(actions: Sequence[Any]) -> tuple[list[Any], list[float]]:
         first.setdefault(key, action)
         counts[key] = counts.get(key, 0) + 1
     return list(first.values()), [count / len(actions) for count in counts.values()]
-
-
-class Simulator:
-    """One episode of a control environment, brought back by playing it again, to the last bit.
-
-    Args:
-        id, options: as `guerdon.control.environments.Environments` takes them.
-        seed: of the episode.
-
-    Attributes:
-        spec: what is seen and done; discrete actions count from 0.
-    """
-
-    def __init__(self, id: str, seed: int = 0, **options: Any) -> None:
-        from guerdon.control.environments import Environments
-
-        self._environments = Environments(id, [seed], **options)
-        self.spec: Spec = self._environments.spec
-
-    def reset(self) -> np.ndarray:
-        """The first observation."""
-        return self._environments.reset()[0, 0]
-
-    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        done = self._environments.step(np.array([[action]]))
-        flags = bool(done.terminated[0, 0]), bool(done.truncated[0, 0])
-        return done.final_obs[0, 0], float(done.reward[0, 0]), *flags, {}
-
-    def snapshot(self) -> dict[str, Any]:
-        return self._environments.state_dict()
-
-    def restore(self, snapshot: dict[str, Any]) -> np.ndarray:
-        """Raises `GuerdonError` where the same reset and actions lead elsewhere."""
-        self._environments.load_state_dict(snapshot)
-        if not self._environments.restorable:
-            raise GuerdonError(f"{self._environments.notes[-1]}: it cannot be searched.")
-        return self._environments.obs[0, 0]
-
-    def close(self) -> None:
-        self._environments.close()

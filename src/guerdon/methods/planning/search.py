@@ -163,36 +163,31 @@ def _search(
             f"starts are {starts.dtype} of shape {starts.shape}: {puzzle.name} has uint8 (N, {puzzle.places})."
         )
     began = time.perf_counter()
-    frontier = _Frontier(puzzle, starts, edges, weight, batch)
-    count = len(starts)
-    seconds, iterations = np.zeros(count), np.zeros(count, dtype=int)
-    active = np.flatnonzero(~frontier.pool.goal[:count])
-    frontier.push(active, heuristic)
+    frontier = _Frontier(puzzle, heuristic, starts, edges, weight, batch)
+    seconds, active = np.zeros(len(starts)), np.flatnonzero(~frontier.pool.goal[: len(starts)])
     while len(active):
-        iterations[active] += 1
-        frontier.push(frontier.pop(active), heuristic)
-        found = frontier.instances
-        upper, lower = found.upper[active], found.lower[active]
-        known = np.isfinite(upper)
-        over = known & ((lower >= weight * np.where(known, upper, 0)) | (stop == "first"))
-        over |= found.root[active] < 0
-        if max_nodes:
-            over |= found.generated[active] >= max_nodes
-        seconds[active[over]] = time.perf_counter() - began
-        active = active[~over]
-    return [frontier.solution(i, int(iterations[i]), float(seconds[i])) for i in range(count)]
+        frontier.step(active)
+        seconds[active] = time.perf_counter() - began
+        active = frontier.going(active, stop == "first", max_nodes)
+    return [frontier.solution(i, float(seconds[i])) for i in range(len(starts))]
 
 
 class _Frontier:
     """The pool of nodes and what lies in OPEN, with room for what a round may bring."""
 
-    def __init__(self, puzzle: Puzzle, starts: np.ndarray, edges: bool, weight: float, batch: int) -> None:
+    def __init__(
+        self, puzzle: Puzzle, heuristic: Heuristic, starts: np.ndarray, edges: bool, weight: float, batch: int
+    ) -> None:
         try:
             from guerdon.control.puzzles import kernels
         except ImportError as error:
             raise ConfigError(f"search needs numba: pip install 'guerdon[control]' ({error}).") from error
-        self.kernels, self.edges, self.weight, self.batch = kernels, edges, float(weight), batch
+        self.kernels, self.heuristic, self.weight, self.batch = kernels, heuristic, float(weight), batch
         self.children = 1 if edges else puzzle.actions
+        self.pop_some = kernels.pop_edges if edges else kernels.pop_nodes
+        self.push_all = kernels.push_edges if edges else kernels.push_nodes
+        self.dtype = np.float32 if edges else np.float64
+        self.nothing = np.zeros((0, puzzle.actions) if edges else 0, self.dtype)
         self.tables = kernels.Moves(puzzle.moves, puzzle.flips, puzzle.costs, puzzle.goal, puzzle.zobrist)
         instances = len(starts)
         self.instances = kernels.Instances(
@@ -200,6 +195,7 @@ class _Frontier:
             lower=np.full(instances, -np.inf),
             upper=np.full(instances, np.inf),
             best=np.full(instances, -1, np.int32),
+            rounds=np.zeros(instances, np.int64),
             generated=np.zeros(instances, np.int64),
             evaluated=np.zeros(instances, np.int64),
         )
@@ -220,6 +216,7 @@ class _Frontier:
         self.count = 0
         self.make_room(instances)
         self.count = kernels.start(self.pool, self.slots, self.tables, starts, self.instances)
+        self.push(0)
 
     def make_room(self, more: int) -> None:
         """Have room for so many more nodes; memory that was never written to costs nothing."""
@@ -231,31 +228,26 @@ class _Frontier:
         self.slots = np.full(1 << (2 * room - 1).bit_length(), -1, np.int32)
         self.kernels.refill(self.pool, self.slots, self.count)
 
-    def pop(self, active: np.ndarray) -> np.ndarray:
-        """Nodes that a round of popping made."""
+    def step(self, active: np.ndarray) -> None:
+        """Pop from the active instances (I,), and push what that makes."""
         self.make_room(len(active) * self.batch * self.children)
-        pop = self.kernels.pop_edges if self.edges else self.kernels.pop_nodes
-        before = self.count
-        what = self.pool, self.slots, self.tables, self.instances, active, self.weight, self.batch
-        self.count = pop(*what, self.count)
-        return np.arange(before, self.count)
+        before, what = self.count, (self.pool, self.slots, self.tables, self.instances)
+        self.count = self.pop_some(*what, active, self.weight, self.batch, before)
+        self.push(before)
 
-    def push(self, nodes: np.ndarray, heuristic: Heuristic) -> None:
-        """Evaluate new nodes, but for goals, and put them, or their edges, into OPEN."""
-        ends = self.pool.goal[nodes]
-        asked = nodes[~ends] if ends.any() else nodes
-        values = heuristic(self.pool.states[asked]) if len(asked) else np.zeros(0)
-        if np.isnan(values).any():
+    def push(self, first: int) -> None:
+        """Evaluate the nodes from the first on, but for goals, and put them, or their edges, into OPEN."""
+        new = slice(first, self.count)
+        states = self.pool.states[new][~self.pool.goal[new]]
+        values = np.ascontiguousarray(self.heuristic(states), self.dtype) if len(states) else self.nothing
+        if not self.push_all(self.pool, self.instances, first, self.count, values, self.weight):
             raise InvariantError("the heuristic says nan of a state, by which nothing can be ordered: was it trained?")
-        if not self.edges:
-            h = np.zeros(len(nodes))
-            h[~ends] = values
-            self.kernels.push_nodes(self.pool, self.instances, nodes, h, self.weight)
-        elif len(asked):
-            q = values.astype(np.float32, copy=False)
-            self.kernels.push_edges(self.pool, self.instances, asked, q, self.weight)
 
-    def solution(self, i: int, iterations: int, seconds: float) -> Solution:
+    def going(self, active: np.ndarray, first: bool, max_nodes: int) -> np.ndarray:
+        """Those of the active instances that are not over."""
+        return self.kernels.going(self.instances, active, self.weight, first, max_nodes)
+
+    def solution(self, i: int, seconds: float) -> Solution:
         found, pool = self.instances, self.pool
         node, actions = int(found.best[i]), []
         while node >= 0 and pool.parent[node] >= 0:
@@ -268,7 +260,7 @@ class _Frontier:
             actions=actions[::-1],
             nodes_generated=int(found.generated[i]),
             heuristic_calls=int(found.evaluated[i]),
-            iterations=iterations,
+            iterations=int(found.rounds[i]),
             lower=float(min(found.lower[i], found.upper[i])),
             node_bytes=kept * (sum(column[:1].nbytes for column in pool) - edges),
             edge_bytes=kept * edges,

@@ -68,6 +68,22 @@ def test_group_forward_equals_separate_rows(style: str, lora: bool) -> None:
         assert error < 1e-4, f"{name}: {error}"
 
 
+@pytest.mark.parametrize("style", CONFIGS)
+def test_the_last_mlp_sees_what_is_read_and_no_more(style: str) -> None:
+    grouped = GroupModel(build(style), head="scores")
+    torch.nn.init.normal_(grouped.head.weight)
+    batch = pack(groups_of_many_shapes(seed=5))
+    layers = getattr(grouped.body, "layers", getattr(grouped.body, "h", None))
+    seen: list[int] = []
+    layers[-1].mlp.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
+    together = grouped(batch, {"logps", "scores"})
+    torch.testing.assert_close(grouped(batch, {"scores"}).scores, together.scores)
+    torch.testing.assert_close(grouped(batch, {"logps"}).logps, together.logps)
+    both = torch.cat([batch.source, batch.last])
+    assert seen == [len(rows.unique()) for rows in (both, batch.last, batch.source)]
+    assert max(seen) < batch.tokens.shape[1]
+
+
 def test_fused_logps_equal_the_full_softmax_of_transformers() -> None:
     """The padded path shares the fused log-probs, so they are compared with a plain log-softmax once."""
     model = build("llama")
@@ -113,9 +129,9 @@ def test_group_error_is_small_for_a_sound_model_and_large_for_a_broken_one() -> 
     assert grouped.group_error(group) < 1e-4
     normal_forward = type(grouped)._group_states
 
-    def blind_to_positions(self, batch):  # type: ignore[no-untyped-def]
+    def blind_to_positions(self, batch, wants):  # type: ignore[no-untyped-def]
         batch.positions = torch.arange(batch.tokens.shape[1])[None] * 3
-        return normal_forward(self, batch)
+        return normal_forward(self, batch, wants)
 
     grouped._group_states = blind_to_positions.__get__(grouped)
     assert grouped.group_error(group) > 1e-2

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 NAME = "guerdon"
-QUERY_BLOCK = 256  # rows of scores held at once: large enough for a matmul, small enough for the cache
+QUERY_BLOCK = 128  # rows of scores held at once: large enough for a matmul, small enough for the cache
 
 
 class Layout(Protocol):

@@ -83,7 +83,7 @@ class GroupModel(nn.Module):
 
     def forward(self, batch: Batch, wants: Collection[str] = ("logps",), temperature: float = 1.0) -> Outputs:
         """Compute what `wants` names among logps, entropy, scores, values."""
-        states, last = self._padded_states(batch) if self.padded else self._group_states(batch)
+        states, last = self._padded_states(batch) if self.padded else self._group_states(batch, set(wants))
         outputs = Outputs()
         if "logps" in wants or "entropy" in wants:
             weight = self.model.get_output_embeddings().weight
@@ -131,11 +131,38 @@ class GroupModel(nn.Module):
         body: nn.Module = getattr(self._base, self._base.base_model_prefix)
         return body
 
-    def _group_states(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self.body(
-            input_ids=batch.tokens, position_ids=batch.positions, use_cache=False, layout=batch.layout
-        ).last_hidden_state[0]
+    def _group_states(self, batch: Batch, wants: set[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        read = [batch.last] * ("scores" in wants) + [batch.source] * bool(wants - {"scores"})
+        with self._last_mlp_on(torch.cat(read).unique(), batch.tokens.shape[1]):
+            hidden = self.body(
+                input_ids=batch.tokens, position_ids=batch.positions, use_cache=False, layout=batch.layout
+            ).last_hidden_state[0]
         return hidden.index_select(0, batch.source), hidden.index_select(0, batch.last)
+
+    @contextmanager
+    def _last_mlp_on(self, rows: torch.Tensor, total: int) -> Iterator[None]:
+        """Compute the last layer's MLP for these rows of `total` alone, as nothing reads the others.
+
+        Not under gradient checkpointing, which computes it once more when nobody says which rows.
+        """
+        layers = getattr(self.body, "layers", None) or getattr(self.body, "h", None)
+        mlp = getattr(layers[-1], "mlp", None) if layers else None
+        if mlp is None or getattr(layers[-1], "gradient_checkpointing", False):
+            yield
+            return
+
+        def narrow(_: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            return (args[0].index_select(1, rows),)
+
+        def widen(_: nn.Module, args: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+            return out.new_zeros(1, total, out.shape[-1]).index_copy(1, rows, out)
+
+        hooks = mlp.register_forward_pre_hook(narrow), mlp.register_forward_hook(widen)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _padded_states(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The same states from one padded row per completion."""

@@ -108,7 +108,7 @@ class MasterAdamW:
         size = norm.item()
         if not math.isfinite(size):
             raise NonFiniteError(f"the gradient norm is {size}.")
-        if self.max_grad_norm:
+        if 0 < self.max_grad_norm < size:
             torch.nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
         for group in self._adamw.param_groups:
             group["lr"] = group["lr"] if lr is None else lr

@@ -145,7 +145,7 @@ class GroupModel(nn.Module):
 
         Not under gradient checkpointing, which computes it once more when nobody says which rows.
         """
-        layers = getattr(self.body, "layers", None) or getattr(self.body, "h", None)
+        layers: Any = getattr(self.body, "layers", None) or getattr(self.body, "h", None)
         mlp = getattr(layers[-1], "mlp", None) if layers else None
         if mlp is None or getattr(layers[-1], "gradient_checkpointing", False):
             yield

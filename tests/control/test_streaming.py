@@ -140,6 +140,15 @@ def test_learning_goes_on_bit_for_bit_from_a_saved_state(cls, kind, spec, tmp_pa
     assert learner.take() == other.take()
 
 
+def test_the_arrays_of_a_network_are_neighbours():
+    """Where they lie to each other decides which loops vectorise, and so how they round."""
+    for kind, spec in (("q", DISCRETE), ("ac", DISCRETE)):
+        for net in KernelLearner(kind, ingredients(kind), spec, Streams([3, 4])).nets.values():
+            places = [array.ctypes.data for array in (net.rows, net.tape, net.scratch)]
+            assert np.diff(places).tolist() == [net.rows.nbytes, net.tape.nbytes]
+            assert len(net.scratch) == net.tape.shape[1] + 2 * net.sizes.max()
+
+
 def test_without_numba_the_reference_learns(monkeypatch):
     chosen = ("q", ingredients("q"), DISCRETE, Streams([0]))
     assert isinstance(build_learner(*chosen), KernelLearner)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import guerdon
+from guerdon.control.networks import build_actor
 from guerdon.control.policy import ControlPolicy
 from guerdon.control.replay import Batch, Replay
 from guerdon.control.streams import Streams
@@ -112,6 +113,19 @@ def test_imitation_losses(noise):
     output = run.policy.actor(obs)
     expected = -torch.distributions.Normal(output.mean, output.log_std.exp()).log_prob(action).sum(-1)
     torch.testing.assert_close(imitation_loss(output, action.expand(1, 4, 2)), expected)
+
+
+def test_a_bounded_mean_is_the_tanh_of_a_plain_one(noise):
+    plain, bounded = (
+        prepared(IQL(**SMALL, actor=kind), noise, seeds=2).policy.actor for kind in ("gaussian", "bounded-gaussian")
+    )
+    obs = 3 * torch.randn(2, 5, 3)
+    mean = (bounded.low + bounded.high) / 2 + (bounded.high - bounded.low) / 2 * torch.tanh(plain(obs).mean)
+    torch.testing.assert_close(bounded(obs).mean, mean)
+    torch.testing.assert_close(bounded(obs).log_std, plain(obs).log_std)
+    again = build_actor(bounded.config)
+    again.load_state_dict(bounded.state_dict())
+    torch.testing.assert_close(again.act(obs), mean)
 
 
 def test_top_episodes():

@@ -1,8 +1,8 @@
 """Simulators, many copies at once, that can be saved in the middle of an episode.
 
-A copy goes from episode to episode. Each episode is reset with its own seed, a function of the copy's seed and of the
-episode's number, so that the whole state of a copy is that reset and the actions since: it is saved as these, and
-brought back by playing them again.
+Vector environments of Gymnasium's own kind are in `native`. Of all others, a copy goes from episode to episode, each
+reset with its own seed, a function of the copy's seed and of the episode's number, so that the whole state of a copy is
+that reset and the actions since: it is saved as these, and brought back by playing them again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from guerdon.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from guerdon.control.native import NativeCopies
+
 
 class Finished(NamedTuple):
     """An episode that has ended: of which copy, its undiscounted sum of raw rewards, and its steps."""
@@ -46,10 +48,25 @@ class Step(NamedTuple):
     final_obs: np.ndarray  # what the action led to: the last of an episode where it ended, else as `obs`
     finished: list[Finished]
     success: list[float]  # of the finished: the best "success" or "is_success" that an `info` told, nan without one
+    acted: np.ndarray | None = None  # bool: false where no action was taken, in a step that resets; None: all were
 
 
-class _Copies:
-    """Copies of an environment in this process, each a row."""
+class InProcess:
+    """What steps copies in this process; in a `_Worker`, another one, the two halves of a call are apart in time."""
+
+    def send(self, name: str, *args: Any) -> None:
+        """`receive` then gives what the method of that name gives."""
+        self._answer = getattr(self, name)(*args)
+
+    def receive(self) -> Any:
+        return self._answer
+
+
+class _Copies(InProcess):
+    """Copies of an environment, each a row."""
+
+    ragged = ("actions", "lengths")  # what a state has of varying length, and how much of it for each copy
+    why = "the same reset and actions led elsewhere"  # some copy could not be restored
 
     def __init__(self, id: str, options: Mapping[str, Any], places: Sequence[tuple[int, int, int]]) -> None:
         """`places`: for each copy its seed, its own number, and how many copies the seed has."""
@@ -64,13 +81,6 @@ class _Copies:
         self._returns = [0.0] * len(places)
         self._success = [math.nan] * len(places)
         self.obs = np.zeros((len(places), *self.spec.observation), np.uint8 if self.spec.image else np.float32)
-
-    def send(self, name: str, *args: Any) -> None:
-        """`receive` then gives what the method of that name gives; in a `_Worker` the two are apart in time."""
-        self._answer = getattr(self, name)(*args)
-
-    def receive(self) -> Any:
-        return self._answer
 
     def about(self) -> tuple[Spec, str, int, tuple[int, ...]]:
         """What is to be known of an environment: also the number of the first discrete action, the actions' shape."""
@@ -207,22 +217,24 @@ class _Worker:
 class Environments:
     """C copies of an environment for each of S seeds, stepped together; arrays are (S, C, ...).
 
-    What a copy does depends on its seed, its own number and its actions alone, not on who else is there. Actions are
-    (S, C) integers that count from 0, or (S, C, A) numbers, which are clipped to the bounds of the environment. An
-    episode begins with its own reset as soon as the last one has ended.
+    What a copy does depends on its seed, its own number and its actions alone, not on who else is there ("native": the
+    copies of a seed share their chance). Actions are (S, C) integers that count from 0, or (S, C, A) numbers, which are
+    clipped to the bounds of the environment. An episode begins with its own reset as soon as the last one has ended.
 
     Args:
         id: see `make`.
         seeds: one per row, none negative.
         copies: C, environments per seed.
         vector: "sync" steps them one after another here; "async" in as many processes as there are cores, which pays
-            where a step takes longer than some 50 microseconds.
+            where a step takes longer than some 50 microseconds; "native" as one vector environment for each seed, of
+            ids that have a vector entry point. See `native.NativeCopies` for where such a one resets in a step of its
+            own: that step counts as one of the copy, and `Step.acted` is false there.
         options: `frame_stack` and whatever else `make` takes.
 
     Attributes:
         obs: what every copy sees now; call `reset` first.
         spec, seeds, copies, id: as given or found.
-        frames: images that an observation stacks; 1 of vectors, stacked or not.
+        frames: images that an observation stacks, the first one repeated at a reset; 1 where nothing says so.
         restorable: False once `load_state_dict` could not bring every copy back.
         notes: what a user should know of these environments.
 
@@ -235,17 +247,25 @@ class Environments:
         id: str,
         seeds: Sequence[int],
         copies: int = 1,
-        vector: Literal["sync", "async"] = "sync",
+        vector: Literal["sync", "async", "native"] = "sync",
         **options: Any,
     ) -> None:
         self.id, self.seeds, self.copies = id, list(seeds), copies
         places = [(seed, copy, copies) for seed in self.seeds for copy in range(copies)]
-        kind, parts = (_Worker, len(os.sched_getaffinity(0))) if vector == "async" else (_Copies, 1)
+        kind: type[_Copies | _Worker | NativeCopies] = _Worker if vector == "async" else _Copies
+        parts = {"sync": 1, "async": len(os.sched_getaffinity(0)), "native": len(self.seeds)}[vector]
+        self._kept: type[_Copies | NativeCopies] = _Copies
+        if vector == "native":
+            from guerdon.control.native import NativeCopies
+
+            kind = self._kept = NativeCopies
         edges = np.linspace(0, len(places), min(parts, len(places)) + 1).astype(int).tolist()
         self._rows = [slice(a, b) for a, b in itertools.pairwise(edges)]
-        self._parts: list[_Copies | _Worker] = [kind(id, options, places[rows]) for rows in self._rows]
+        self._parts: list[_Copies | _Worker | NativeCopies] = [kind(id, options, places[rows]) for rows in self._rows]
         self.spec, note, self._first, shape = self._ask("about")[0]
-        self.frames: int = (options.get("frame_stack") or frames_of(id)) if self.spec.image else 1
+        self.frames: int = 1
+        if self.spec.image and vector != "native":
+            self.frames = options.get("frame_stack") or frames_of(id)
         self._action_shape = (len(places), *shape)
         self._shape = (len(self.seeds), copies)
         self.notes: list[str] = [note] if note else []
@@ -287,36 +307,42 @@ class Environments:
                 seed, copy = divmod(rows.start + row, self.copies)
                 finished.append(Finished(seed, copy, ret, length))
                 success.append(told)
-        return Step(obs, reward, terminated, truncated, final, finished, success)
+        acted = self._together([answer[6:] for answer in answers])
+        return Step(obs, reward, terminated, truncated, final, finished, success, *acted)
 
     def draw(self) -> np.ndarray:
         """A picture (height, width, 3) of the first copy, of environments made with `render_mode="rgb_array"`."""
         return self._ask("draw")[0]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Episode numbers, the actions since each reset, and what was seen last: all that it takes to come back."""
+        """Episode numbers, the actions since each reset, and what was seen last: all that it takes to come back.
+
+        Of "native" ones the vector environments themselves, pickled, where they can be.
+        """
         parts = self._ask("state")
         return {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Bring every copy back by playing its episode again, to the last bit.
+        """Bring every copy back by playing its episode again, to the last bit; "native" ones as they were kept.
 
         A copy that then sees something else, because its environment's chance does not follow the reset's seed, begins
-        its next episode instead; `restorable` becomes False, and `notes` say so.
+        its next episode instead, and so do those of a vector environment that cannot be pickled, or was saved by
+        another code; `restorable` becomes False, and `notes` say so.
         """
         arrays = {name: np.array(tensor) for name, tensor in state.items()}
-        ends = np.append(0, np.cumsum(arrays["lengths"]))
+        values, sizes = self._kept.ragged
+        ends = np.append(0, np.cumsum(arrays[sizes]))
         given = []
         for rows in self._rows:
-            given.append({name: arrays[name][rows] for name in ("episodes", "lengths", "obs")})
-            given[-1]["actions"] = arrays["actions"][ends[rows.start] : ends[rows.stop]]
+            given.append({name: array[rows] for name, array in arrays.items() if name != values})
+            given[-1][values] = arrays[values][ends[rows.start] : ends[rows.stop]]
         answers = self._ask("restore", given)
         (self.obs,) = self._together([[obs] for obs, _ in answers])
         lost = sum(not back for _, part in answers for back in part)
         self.restorable = lost == 0
         if lost:
             self.notes.append(
-                f"{self.id} cannot be restored in the middle of an episode (the same reset and actions led elsewhere): "
+                f"{self.id} cannot be restored in the middle of an episode ({self._kept.why}): "
                 f"{lost} of {len(self.seeds) * self.copies} copies began a new one"
             )
 

@@ -15,7 +15,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
 
@@ -54,6 +55,11 @@ _ONEDNN_FROM = 2**21 if torch.backends.mkldnn.is_available() else math.inf
 # A product with fewer columns than this takes MKL twice as long as its transpose.
 _NARROW = 64
 
+# What compiled layers are faster for: from so many rows on, up to so many multiplications in any layer where torch has
+# one thread, which is what they use, and up to so many in all layers where it has more.
+_COMPILED_FROM, _COMPILED_IN_ONE, _COMPILED_IN_ALL = 16, 2**24, 2**22
+_SLOPES = {"relu": 0.0, "leaky_relu": 0.01}  # of activations that are straight lines
+
 
 def _layer(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation | None, dtype: torch.dtype) -> Tensor:
     """activation(x W^T + b) of N networks: (N, B, I) to (N, B, O) in `dtype`, composed of torch's own operations.
@@ -73,6 +79,30 @@ class _Plan(NamedTuple):
     hidden: int  # their number; one more layer is a head
     members: bool  # whether parameters have an axis of members
     sizes: tuple[int, ...]  # inputs x outputs of every layer
+    slopes: np.ndarray | None  # of every layer below 0, where that is all there is to its activation
+
+
+@cache
+def _kernels() -> Any:
+    """The module of compiled layers, where numba is installed."""
+    return importlib.import_module("guerdon.control.kernels") if find_spec("numba") else None
+
+
+def _compiled(plan: _Plan, x: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether layers are faster compiled."""
+    n, rows, _ = x.shape
+    return (
+        not torch.compiler.is_compiling()
+        and plan.slopes is not None
+        and x.is_cpu
+        and rows >= _COMPILED_FROM
+        and (
+            n * rows * sum(plan.sizes) <= _COMPILED_IN_ALL
+            or (rows * max(plan.sizes) <= _COMPILED_IN_ONE and torch.get_num_threads() == 1)
+        )
+        and parameters[0].dtype == torch.float32
+        and _kernels() is not None
+    )
 
 
 class _Layers(torch.autograd.Function):
@@ -80,8 +110,8 @@ class _Layers(torch.autograd.Function):
 
     What is observed keeps its digits so, and a value of 100 is no multiple of 1/2 as in bf16; both layers are small.
 
-    Fewer nodes, no saved pre-activations, each weight cast once for both passes, and oneDNN where it is faster. The
-    gradient of a gradient is left to the composed form.
+    Fewer nodes, no saved pre-activations, each weight cast once for both passes, and compiled layers or oneDNN where
+    these are faster. The gradient of a gradient is left to the composed form.
     """
 
     @staticmethod
@@ -89,6 +119,12 @@ class _Layers(torch.autograd.Function):
         activate, _ = _ACTIVATIONS[plan.activation]
         dtype = plan.dtype if x.shape[1] >= _BF16_FROM else torch.float32
         cast = dtype != torch.float32
+        ctx.plan, ctx.dtype, ctx.tape = plan, dtype, None
+        if not cast and _compiled(plan, x, parameters):
+            flat = [p.flatten(0, 1) for p in parameters] if plan.members else parameters
+            y, ctx.tape = _kernels().forward(x.float(), flat, plan.slopes)
+            ctx.save_for_backward(x, *parameters, None)
+            return y
         rows = 0 if cast or not x.is_cpu else x.shape[1]
         seen, weights, large = [], [], []  # what every layer sees and multiplies it with, and how
         y = x if cast else x.float()
@@ -106,7 +142,7 @@ class _Layers(torch.autograd.Function):
             if i < plan.hidden:
                 y = activate(y)
         ctx.save_for_backward(x, *parameters, y if len(seen) == plan.hidden else None)
-        ctx.plan, ctx.dtype, ctx.seen, ctx.weights, ctx.large = plan, dtype, seen, weights, large
+        ctx.seen, ctx.weights, ctx.large = seen, weights, large
         return y
 
     @staticmethod
@@ -118,6 +154,11 @@ class _Layers(torch.autograd.Function):
         _, derivative = _ACTIVATIONS[plan.activation]
         cast, learns = dtype != torch.float32, any(wanted[2:])
         result: list[Tensor | None] = [None] * len(wanted)
+        if ctx.tape is not None:
+            found, to_x = _kernels().backward(gradient, ctx.tape, learns, wanted[0])
+            result[2:] = (f.view_as(p) for f, p in zip(found, parameters, strict=True)) if learns else result[2:]
+            result[0] = to_x if to_x is None else to_x.to(x.dtype)
+            return tuple(result)
         for i in reversed(range(len(plan.sizes))):
             seen = ctx.seen[i]
             if i < plan.hidden:
@@ -284,6 +325,9 @@ class MLP(nn.Module):
             len(hidden),
             members is not None,
             tuple(i * o for i, o in pairwise([*sizes, *([] if outputs is None else [outputs])])),
+            np.array([_SLOPES[activation]] * len(hidden) + [1.0] * (outputs is not None), np.float32)
+            if activation in _SLOPES
+            else None,
         )
         self.in_order = [p for layer in stack for p in (layer.weight, layer.bias)]
         self.members = members
@@ -761,6 +805,7 @@ class GaussianActor(_ContinuousActor):
         squash: actions are a tanh of the normal variable, between their bounds; otherwise they are the variable itself,
             and `act` clips it to the bounds.
         state_dependent: the network gives the log of the standard deviation too; otherwise it is a parameter.
+        bound_mean: the mean is centre + half * tanh(MLP(s)), between the bounds of the actions.
         log_std: bounds to which the log of the standard deviation is clamped.
     """
 
@@ -774,14 +819,16 @@ class GaussianActor(_ContinuousActor):
         *,
         squash: bool = True,
         state_dependent: bool = True,
+        bound_mean: bool = False,
         log_std: tuple[float, float] = (-5.0, 2.0),
         **options: Any,
     ) -> None:
         super().__init__(seeds, spec, spec.actions * (2 if state_dependent else 1), hidden, **options)
-        self.squash, self.bounds = squash, log_std
+        self.squash, self.bound_mean, self.bounds = squash, bound_mean, log_std
         self.log_std = None if state_dependent else _parameter(seeds, 1, spec.actions)
-        self.options |= {"squash": squash, "state_dependent": state_dependent, "log_std": list(log_std)}
-        if squash:
+        self.options |= {"squash": squash, "state_dependent": state_dependent}
+        self.options |= {"bound_mean": bound_mean, "log_std": list(log_std)}
+        if squash or bound_mean:
             self._require_bounds()
 
     def forward(self, obs: Tensor) -> Gaussian:
@@ -791,6 +838,9 @@ class GaussianActor(_ContinuousActor):
     def distribution(self, outputs: Tensor) -> Gaussian:
         """The distribution that `outputs` of the network stand for."""
         mean, log_std = outputs.chunk(2, -1) if self.log_std is None else (outputs, self.log_std)
+        if self.bound_mean:
+            centre, half = self.squashed_range()
+            mean = torch.addcmul(centre, torch.tanh(mean), half)
         return Gaussian(mean, log_std.clamp(*self.bounds), *(self.squashed_range() if self.squash else ()))
 
     def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:

@@ -57,7 +57,7 @@ class Adam:
         self._lr = lr
         self._rate.fill_(lr)
 
-    @torch.compiler.disable  # the fused step is one call already, and cannot be traced
+    @torch.compiler.disable
     def minimise(self, loss: torch.Tensor) -> None:
         """One step down the gradient of `loss` (S,), or a sum over seeds; gradients of other parameters are left."""
         self.apply(torch.autograd.grad(loss.sum(), self.parameters))
@@ -73,9 +73,11 @@ class Adam:
         for p in self.parameters:
             p.grad = None
 
-    @torch.compiler.disable
     def step(self) -> None:
         """Move the parameters by their gradients, which stay as they are but for the clipping."""
+        (self._step_untraced if torch.compiler.is_compiling() else self._step)()
+
+    def _step(self) -> None:
         parameters, gradients = [p.detach() for p in self.parameters], self._gradients()
         if self.max_grad_norm:
             norms = self.gradient_norms()
@@ -99,6 +101,8 @@ class Adam:
             amsgrad=False,
             maximize=False,
         )
+
+    _step_untraced = torch.compiler.disable(_step)  # the fused step is one call already, and cannot be traced
 
     def gradient_norms(self) -> torch.Tensor:
         """2-norm of each seed's gradient over all parameters, (S,); after a step with clipping, of the clipped one."""

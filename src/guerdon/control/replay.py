@@ -36,7 +36,7 @@ class Batch:
     next_obs: Tensor
     terminated: Tensor  # (S, B) bool: nothing follows
     truncated: Tensor  # (S, B) bool: something would follow
-    steps: Tensor  # (S, B) int64: how many rewards are in `reward`
+    steps: Tensor | None = None  # (S, B) int64: how many rewards are in `reward`; None: one
     weight: Tensor | None = None  # (S, B) float32: importance weights of prioritised sampling, at most 1
     index: Tensor | None = None  # (S, B) int64: the rows
     mask: Tensor | None = None  # (S, B, T) bool: the steps of a sequence that are no padding
@@ -308,7 +308,6 @@ class Replay:
             self._following(rows, obs),
             terminated,
             truncated,
-            torch.ones_like(rows),
             index=rows,
             mask=offset <= ahead,
         )
@@ -442,9 +441,9 @@ class Replay:
         if self._n_step == 1 and "next_obs" in self._data:  # most batches are of these, and small: rows are found once
             names = ["obs", "action", "reward", "next_obs", "terminated", "truncated"]
             taken = dict(zip(names, self._take_all(names, index), strict=True))
-            return Batch(**taken, steps=torch.ones_like(index), index=index)
+            return Batch(**taken, index=index)
         obs, action = self._observed(index), self._take("action", index)
-        last, before, steps = index, obs, torch.ones_like(index)
+        last, before, steps = index, obs, None
         if self._n_step == 1:
             reward = self._take("reward", index)
         else:

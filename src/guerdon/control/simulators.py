@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from guerdon.errors import ConfigError, near
 
 if TYPE_CHECKING:
     import gymnasium
+    from gymnasium.vector import VectorEnv
 
 # Beginning of an id -> (module that registers it, package to install)
 _PACKAGES = {
@@ -34,7 +35,7 @@ def make(id: str, *, frame_stack: int | None = None, **kwargs: Any) -> gymnasium
 
     Args:
         id: what `gymnasium.make` knows, `module:ID` too, and `puzzle:NAME`; `ALE/`, `MiniGrid-`, `BabyAI-`
-            and `MinAtar/` need no import.
+            and `MinAtar/` need no import. Of an id with a vector entry point alone it is a vector of one.
         frame_stack: so many observations together, the newest last; at a reset the first one stands for all.
         kwargs: passed to the environment, such as `render_mode="rgb_array"`.
 
@@ -47,11 +48,9 @@ def make(id: str, *, frame_stack: int | None = None, **kwargs: Any) -> gymnasium
 
 def make_noted(id: str, frame_stack: int | None, kwargs: Mapping[str, Any]) -> tuple[gymnasium.Env, str]:
     """The environment of `make`, and what its observations leave out."""
-    import gymnasium
     from gymnasium.wrappers import FrameStackObservation, ReshapeObservation, TransformObservation
 
-    _register(id)
-    try:
+    with _made(id):
         if id.startswith("puzzle:"):
             from guerdon.control.puzzles.environment import PuzzleEnv
 
@@ -59,16 +58,7 @@ def make_noted(id: str, frame_stack: int | None, kwargs: Mapping[str, Any]) -> t
         elif id.startswith("ALE/"):
             env = _atari(id, **kwargs)
         else:
-            env = gymnasium.make(id, disable_env_checker=True, **kwargs)
-    except gymnasium.error.DeprecatedEnv as error:
-        raise ConfigError(f"{id}: {error}") from error
-    except gymnasium.error.UnregisteredEnv as error:
-        for prefix in _PACKAGES:
-            with suppress(ConfigError):
-                _register(prefix)
-        raise ConfigError(f"there is no environment '{id}'.{near(id, gymnasium.registry)}") from error
-    except (gymnasium.error.Error, ImportError, TypeError) as error:
-        raise ConfigError(f"the environment {id} cannot be made: {error}") from error
+            env = _single(id, kwargs)
     found = encoding(env.observation_space, id)
     if found.encode is not None:
         env = TransformObservation(env, found.encode, found.space)
@@ -78,6 +68,64 @@ def make_noted(id: str, frame_stack: int | None, kwargs: Mapping[str, Any]) -> t
         first, *rest = found.space.shape
         env = ReshapeObservation(FrameStackObservation(env, frame_stack), (frame_stack * first, *rest))
     return env, found.note
+
+
+@contextmanager
+def _made(id: str) -> Iterator[None]:
+    """Makes what is needed for an id known, and says what went wrong with it."""
+    import gymnasium
+
+    _register(id)
+    try:
+        yield
+    except gymnasium.error.DeprecatedEnv as error:
+        raise ConfigError(f"{id}: {error}") from error
+    except gymnasium.error.UnregisteredEnv as error:
+        for prefix in _PACKAGES:
+            with suppress(ConfigError):
+                _register(prefix)
+        raise ConfigError(f"there is no environment '{id}'.{near(id, gymnasium.registry)}") from error
+    except (gymnasium.error.Error, ImportError, TypeError) as error:
+        raise ConfigError(f"the environment {id} cannot be made: {error}") from error
+
+
+def _entries(id: str) -> tuple[Any, Any]:
+    """The entry points of a registered id, of one environment and of a vector of them; None where there is none."""
+    import gymnasium
+
+    module, _, name = id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    spec = gymnasium.registry.get(name)
+    return (spec.entry_point, spec.vector_entry_point) if spec else (None, None)
+
+
+def _single(id: str, kwargs: Mapping[str, Any]) -> gymnasium.Env:
+    import gymnasium
+
+    one, many = _entries(id)
+    if one is None and many is not None:
+        from guerdon.control.native import Alone
+
+        return Alone(make_vector(id, 1, kwargs), id)
+    return gymnasium.make(id, disable_env_checker=True, **kwargs)
+
+
+def make_vector(id: str, count: int, kwargs: Mapping[str, Any]) -> VectorEnv:
+    """So many copies from the vector entry point of an id. Atari games reset in the step that ends, have their
+    rewards as they are and press no FIRE by themselves, as those of `make`.
+
+    Raises:
+        ConfigError: there is none, or it does not take the `kwargs`; see also `make`.
+    """
+    import gymnasium
+
+    with _made(id):
+        if id.startswith("puzzle:") or (_entries(id)[0] is not None and _entries(id)[1] is None):
+            raise ConfigError(f"{id} has no vector entry point: its copies can be stepped with vector sync or async.")
+        if id.startswith("ALE/"):
+            kwargs = {"autoreset_mode": "SameStep", "reward_clipping": False, "use_fire_reset": False} | dict(kwargs)
+        return gymnasium.make_vec(id, count, vectorization_mode="vector_entry_point", **kwargs)
 
 
 def frames_of(id: str) -> int:
@@ -171,19 +219,22 @@ def _is_text(space: gymnasium.Space) -> bool:
 
 
 def spec_of(env: gymnasium.Env) -> Spec:
-    """What a policy sees and does in an environment that `make` made.
+    """What a policy sees and does in an environment that `make` made; see `space_spec`."""
+    return space_spec(env.observation_space, env.action_space, env.spec.id if env.spec else str(env))
+
+
+def space_spec(seen: gymnasium.Space, action: gymnasium.Space, name: str) -> Spec:
+    """What a policy sees and does where observations are encoded and actions from `action`; `name` is for messages.
 
     Raises:
         ConfigError: actions that are neither one choice (Discrete) nor numbers with finite bounds (Box).
     """
     from gymnasium import spaces
 
-    seen, action = env.observation_space, env.action_space
     assert isinstance(seen, spaces.Box)
     shape, image = seen.shape, seen.dtype == np.uint8
     if isinstance(action, spaces.Discrete):
         return Spec(shape, image, True, int(action.n), (), ())
-    name = env.spec.id if env.spec else str(env)
     if not isinstance(action, spaces.Box) or action.dtype.kind != "f":
         raise ConfigError(f"{name}: no policy fits the actions {action}. One Discrete or a Box of floats does.")
     low, high = action.low.ravel(), action.high.ravel()

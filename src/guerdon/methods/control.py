@@ -33,7 +33,8 @@ def td_target(batch: Batch, next_value: torch.Tensor, gamma: float) -> torch.Ten
     Args:
         next_value: (S, B) V(s').
     """
-    return torch.addcmul(batch.reward, gamma**batch.steps * ~batch.terminated, next_value)
+    discount = gamma if batch.steps is None else gamma**batch.steps
+    return torch.addcmul(batch.reward, discount * ~batch.terminated, next_value)
 
 
 def no_grad(update: Callable[..., Metrics]) -> Callable[..., Metrics]:
@@ -57,6 +58,7 @@ class ControlMethod(Method):
 
     training: ClassVar[type[Training]] = ControlTraining
     copies = 1  # of each seed's environment; a method that steps several has a field for it
+    predicts = False  # data of this method is a series to predict, and no transitions of an environment
     actions: ClassVar[Literal["discrete", "continuous", "any"]] = "any"  # what it can act with
 
     def check_loop(self, training: ControlTraining) -> None:

@@ -139,7 +139,7 @@ class ControlTraining(Training):
     log_every: int = 1000  # updates (without data: environment steps) between rows of metrics
     checkpoint_every: int = 50_000  # updates (without data: environment steps) between checkpoints
     snapshot_every: int = 0  # updates (without data: environment steps) between policies kept in snapshots/; 0 none
-    compile: bool = False  # compile the update with torch.compile: slow to start, faster then, the same numbers
+    compile: bool = False  # compile the update with torch.compile: slow to start, and slower on CPUs; the same numbers
 
     def check(self) -> None:
         super().check()

@@ -92,12 +92,12 @@ class ControlRun:
         self.parts: dict[str, Stateful] = {}
         self.batch: Any = None
         self.streams = self.add("streams", Streams(self.seeds, self.device))
-        self.data, self.corrupted, self.env, self.notes = material(config)
+        self.data, self.corrupted, self.env, self.notes = material(config, series=method.predicts)
         self.envs: Environments | None = None
         self.episodes = self.add("episodes", Episodes(len(self.seeds)))
         if self.data is None:
             assert self.env is not None
-            self.envs = self.add("envs", Environments(self.env, self.seeds, copies=method.copies))
+            self.envs = self.add("envs", Environments(self.env, self.seeds, method.copies, config.vector))
             self.notes += self.envs.notes
         self.spec: Spec = self.data.spec if self.data is not None else self.envs.spec  # type: ignore[union-attr]
         method.check_spec(self.spec, self.env or str(config.data))
@@ -222,9 +222,12 @@ class Episodes:
 
 
 def material(
-    config: ControlTraining,
+    config: ControlTraining, series: bool = False
 ) -> tuple[Transitions | None, dict[str, np.ndarray], str | None, list[str]]:
     """Transitions (or None), which of their rows were damaged on purpose, the environment's id, what to tell the user.
+
+    Args:
+        series: the data are a series to predict, which no environment made.
 
     Raises:
         ConfigError: an unknown environment, or a bad corruption.
@@ -232,6 +235,11 @@ def material(
     """
     if config.data is None:
         return None, {}, config.env, []
+    if series:
+        from guerdon.control.series import read_series
+
+        data = read_series(config.data)
+        return data, {}, None, data.notes
     from guerdon.control.corruption import Corruption, corrupt
     from guerdon.control.datasets import read_transitions
 

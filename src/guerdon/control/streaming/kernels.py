@@ -27,11 +27,17 @@ _compiled = njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, er
 
 
 class Network(NamedTuple):
-    """One network per seed: `rows` (S, R, P) weights, traces and moments; `sizes` of its layers; `tape` (S, T)."""
+    """One network per seed: `rows` (S, R, P) weights, traces and moments; `sizes` of its layers; `tape` (S, T).
+
+    `scratch` is the tape of another input (T,) and two gradients as long as the widest layer. All arrays of floats are
+    parts of one block: a loop rounds otherwise where it finds arrays so close that it does not vectorise, and how close
+    they are must not be left to where memory happens to be free.
+    """
 
     rows: np.ndarray
     sizes: np.ndarray
     tape: np.ndarray
+    scratch: np.ndarray
 
 
 class Senses(NamedTuple):
@@ -65,6 +71,13 @@ class Settings(NamedTuple):
     kappa: float
     kappa_policy: float
     entropy: float
+
+
+@_compiled
+def parts(net):
+    """What a network's scratch is for."""
+    tape, widest = net.tape.shape[1], net.sizes.max()
+    return net.scratch[:tape], net.scratch[tape : tape + widest], net.scratch[tape + widest :]
 
 
 @_compiled
@@ -261,8 +274,8 @@ def value_step(
     """
     sizes, layer_norm, kind = net.sizes, settings.layer_norm, settings.kind
     decay = np.float32(settings.gamma * settings.lamda)
-    grad, below = np.empty(sizes.max(), np.float32), np.empty(sizes.max(), np.float32)
-    x_next, tape_next = np.empty_like(senses.x[0]), np.empty_like(net.tape[0])
+    tape_next, grad, below = parts(net)
+    x_next = np.empty_like(senses.x[0])
     outputs = sizes[:-1].sum()
     for s in range(len(net.rows)):
         w, e, x, tape = net.rows[s, 0], net.rows[s, 1], senses.x[s], net.tape[s]
@@ -365,9 +378,9 @@ def actor_critic_step(
     """
     layer_norm = settings.layer_norm
     decay = np.float32(settings.gamma * settings.lamda)
-    widest = max(actor.sizes.max(), critic.sizes.max())
-    grad, below = np.empty(widest, np.float32), np.empty(widest, np.float32)
-    x_next, tape_next = np.empty_like(senses.x[0]), np.empty_like(critic.tape[0])
+    tape_next, grad, below = parts(critic)
+    _, grad_actor, below_actor = parts(actor)
+    x_next = np.empty_like(senses.x[0])
     at_value, at_policy = critic.sizes[:-1].sum(), actor.sizes[:-1].sum()
     for s in range(len(actor.rows)):
         w, e, x, tape = critic.rows[s, 0], critic.rows[s, 1], senses.x[s], critic.tape[s]
@@ -384,8 +397,8 @@ def actor_critic_step(
 
         w, e, tape = actor.rows[s, 0], actor.rows[s, 1], actor.tape[s]
         out = tape[at_policy : at_policy + actor.sizes[-1]]
-        entropy = grad_policy(continuous, out, action[s], settings.entropy * np.sign(delta), grad)
-        norm = backward(w, e, actor.sizes, layer_norm, tape, grad, decay, below)
+        entropy = grad_policy(continuous, out, action[s], settings.entropy * np.sign(delta), grad_actor)
+        norm = backward(w, e, actor.sizes, layer_norm, tape, grad_actor, decay, below_actor)
         bound_policy, share_policy = descend(
             settings.rule, actor.rows[s], norm, delta, settings.lr, settings.kappa_policy, count, done
         )

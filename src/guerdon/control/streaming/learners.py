@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -107,6 +108,10 @@ class Learner(ABC):
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance (S, ...) by which observations (one frame of them) are normalised by now."""
 
+    @abstractmethod
+    def reward_scale(self) -> np.ndarray:
+        """(S,) what rewards are divided by by now."""
+
     def policy(self) -> tuple[StreamActor, Any]:
         """What has been learned, and the mean and standard deviation by which its observations are scaled, if any."""
         actor = StreamActor(
@@ -208,6 +213,10 @@ class TorchLearner(Learner):
         normalizers = [sense.normalizer for sense in self.senses if sense.normalizer is not None]
         return np.stack([n.mean for n in normalizers]), np.stack([n.variance for n in normalizers])
 
+    def reward_scale(self) -> np.ndarray:
+        scalers = [sense.scaler for sense in self.senses if sense.scaler is not None]
+        return np.sqrt([scaler.variance + EPS for scaler in scalers]) if scalers else np.ones(len(self.senses))
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "agents": [{name: part.state_dict() for name, part in _stateful(agent)} for agent in self.agents],
@@ -272,10 +281,13 @@ class KernelLearner(Learner):
         linear = [layer for layer in networks[0] if isinstance(layer, nn.Linear)]
         sizes = [linear[0].in_features, *(layer.out_features for layer in linear)]
         weights = torch.stack([nn.utils.parameters_to_vector(network.parameters()) for network in networks]).detach()
-        stacked = np.zeros((len(networks), rows, weights.shape[1]), np.float32)
+        shapes = [(len(networks), rows, weights.shape[1]), (len(networks), sum(sizes) + len(sizes))]
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        block = np.zeros(ends[-1] + shapes[1][1] + 2 * max(sizes), np.float32)
+        stacked, tape, scratch = np.split(block, ends)
+        stacked, tape = stacked.reshape(shapes[0]), tape.reshape(shapes[1])
         stacked[:, 0] = weights.numpy()
-        tape = np.zeros((len(networks), sum(sizes) + len(sizes)), np.float32)
-        return self.kernels.Network(stacked, np.array(sizes), tape)
+        return self.kernels.Network(stacked, np.array(sizes), tape, scratch)
 
     def begin(self, obs: np.ndarray) -> np.ndarray:
         for net in self.nets.values():
@@ -311,6 +323,12 @@ class KernelLearner(Learner):
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         mean, squares, count = self.senses.moments[:, 0], self.senses.moments[:, 1, :-1], self.senses.moments[:, 0, -1:]
         return mean[:, :-1].copy(), np.where(count > 1, squares / np.maximum(count - 1, 1), 1.0)
+
+    def reward_scale(self) -> np.ndarray:
+        squares, count = self.senses.returns[:, 2], self.senses.returns[:, 3]
+        if not self.options.scale_rewards:
+            return np.ones_like(count)
+        return np.sqrt(np.where(count > 1, squares / np.maximum(count - 1, 1), 1.0) + EPS)
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self.count, "told": self.told, "arrays": self._arrays()}

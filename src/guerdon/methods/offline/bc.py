@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from guerdon.control.replay import Batch
     from guerdon.training.control import ControlRun
 
-ActorKind = Literal["deterministic", "gaussian"]
+ActorKind = Literal["deterministic", "gaussian", "bounded-gaussian"]
 
 
 def imitation_loss(output: torch.Tensor | Gaussian | Categorical, action: torch.Tensor) -> torch.Tensor:
@@ -48,15 +48,17 @@ def top_episodes(returns: np.ndarray, lengths: np.ndarray, share: float) -> np.n
 def imitator(run: ControlRun, kind: ActorKind, hidden: tuple[int, ...]) -> Actor:
     """An actor for imitation, without values: categorical where actions are discrete, else of this kind.
 
-    A Gaussian one has a mean without squashing and a standard deviation that does not depend on the state.
+    A Gaussian one has a standard deviation that does not depend on the state, and a mean without squashing; that of a
+    bounded one is a tanh between the bounds of the actions.
     """
     from guerdon.control.networks import CategoricalActor, DeterministicActor, GaussianActor
 
     seeds, options = len(run.seeds), dict[str, Any](precision=run.precision)
     if run.spec.discrete:
         return CategoricalActor(seeds, run.spec, hidden, **options)
-    if kind == "gaussian":
-        return GaussianActor(seeds, run.spec, hidden, squash=False, state_dependent=False, **options)
+    if kind != "deterministic":
+        bound = kind == "bounded-gaussian"
+        return GaussianActor(seeds, run.spec, hidden, squash=False, state_dependent=False, bound_mean=bound, **options)
     return DeterministicActor(seeds, run.spec, hidden, **options)
 
 

@@ -67,7 +67,8 @@ class IQL(OfflineControl):
     L_pi = E[ -min(exp(beta u), cap) log pi(a|s) ]
 
     u and V(s') are taken before any network moves. The actor's learning rate falls to 0 over the run, by a cosine.
-    Where actions are discrete the actor is categorical and Q has an output for each.
+    Where actions are discrete the actor is categorical and Q has an output for each. The actor of the authors' code is
+    `bounded-gaussian`; the default is that of the IQL beside RIQL (Yang et al. 2024).
     """
 
     lr: float = 3e-4  # learning rate of Adam, for all networks; the actor's is the first of its cosine

@@ -51,6 +51,11 @@ def gae(
     return total
 
 
+def weighted_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Means (S,) of x (S, B), of those elements alone whose weight is 1 and not 0, where there are weights."""
+    return x.mean(-1) if weight is None else (x * weight).sum(-1) / weight.sum(-1).clamp(min=1)
+
+
 def value_loss(value: torch.Tensor, old: torch.Tensor, target: torch.Tensor, clip: float) -> torch.Tensor:
     """(V - target)^2 / 2, elementwise; with `clip` the larger of that and of the same with V kept within `clip` of old.
 
@@ -159,11 +164,13 @@ class Steps:
     log_prob: torch.Tensor  # of the action when it was taken
     value: torch.Tensor  # then
     advantage: torch.Tensor
+    weight: torch.Tensor | None = None  # 1, or 0 of a step that took no action; None where all took theirs
 
     def take(self, index: torch.Tensor) -> Steps:
         """The steps `index` (S, B) of each seed."""
         rows = torch.arange(len(index), device=index.device)[:, None]
-        return Steps(*(getattr(self, field.name)[rows, index] for field in fields(self)))
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Steps(**{name: x[rows, index] for name, x in given.items() if x is not None})
 
 
 @method("ppo-control", learns_from="environment", policy="control")
@@ -263,6 +270,7 @@ class PPO(OnlineControl):
             next_obs=step.final_obs,
             terminated=step.terminated,
             truncated=step.truncated,
+            **({} if step.acted is None else {"acted": step.acted}),
         )
         if not full:
             return None
@@ -300,26 +308,34 @@ class PPO(OnlineControl):
         advantage = gae(
             earned, value.view(shape), next_value.view(shape), terminated, truncated, self.gamma, self.lamda
         )
-        return Steps(obs, action, log_prob, value, advantage.flatten(1))
+        weight = None
+        if "acted" in arrays:  # an episode has ended before a step that took no action: no advantage reaches past it
+            weight = torch.from_numpy(_flat(arrays["acted"])).to(run.device, torch.float32)
+        return Steps(obs, action, log_prob, value, advantage.flatten(1), weight)
 
     def update(self, batch: Steps) -> Metrics:  # type: ignore[override]
         policy, value, advantage = self.actor(batch.obs), self.critic(batch.obs), batch.advantage
-        if self.normalize_advantages:
+        weight = batch.weight
+        if self.normalize_advantages and weight is None:
             std, mean = torch.std_mean(advantage, -1, keepdim=True)
             advantage = (advantage - mean) / (std + 1e-8)
+        elif self.normalize_advantages:
+            advantage = advantage - weighted_mean(advantage, weight).unsqueeze(-1)
+            advantage = advantage / (weighted_mean(advantage.square(), weight).sqrt().unsqueeze(-1) + 1e-8)
         log_ratio = policy.log_prob(batch.action) - batch.log_prob
         ratio = log_ratio.exp()
         losses, cut = clipped_surrogate(ratio, advantage, self.clip, self.clip)
-        policy_loss, entropy = losses.mean(-1), policy.entropy().mean(-1)
-        v_loss = value_loss(value, batch.value, batch.advantage + batch.value, self.value_clip).mean(-1)
+        policy_loss, entropy = weighted_mean(losses, weight), weighted_mean(policy.entropy(), weight)
+        v_losses = value_loss(value, batch.value, batch.advantage + batch.value, self.value_clip)
+        v_loss = weighted_mean(v_losses, weight)
         self.optimizer.minimise(policy_loss + self.value_coef * v_loss - self.entropy_coef * entropy)
         return {
             "loss/policy": policy_loss.detach(),
             "loss/value": v_loss.detach(),
-            "value/mean": batch.value.mean(-1),
+            "value/mean": weighted_mean(batch.value, weight),
             "policy/entropy": entropy.detach(),
-            "policy/clip_share": cut.float().mean(-1),
-            "policy/kl": (ratio - 1 - log_ratio).detach().mean(-1),
+            "policy/clip_share": weighted_mean(cut.float(), weight),
+            "policy/kl": weighted_mean((ratio - 1 - log_ratio).detach(), weight),
         }
 
 

@@ -23,6 +23,7 @@ from guerdon.methods.base import Metrics, method
 from guerdon.methods.control import ControlMethod
 
 if TYPE_CHECKING:
+    from guerdon.control.transitions import Transitions
     from guerdon.training.config import ControlTraining
     from guerdon.training.control import ControlRun
 
@@ -45,23 +46,15 @@ class StreamMethod(Ingredients, ControlMethod):
             )
 
     def setup(self, run: ControlRun) -> None:
-        from guerdon.control.simulators import make
+        from guerdon.control.simulators import frames_of, make
         from guerdon.control.streaming.learners import TorchLearner, build_learner
 
-        assert run.env is not None
-        env = make(run.env)
-        env.close()
-        self.learner = run.add(
-            "learner",
-            build_learner(
-                self.kind,
-                self,
-                run.spec,
-                run.streams,
-                time_limit=env.spec.max_episode_steps if env.spec else None,
-                frames=4 if run.env.startswith("ALE/") else 1,
-            ),
-        )
+        known = {}
+        if run.env is not None:
+            env = make(run.env)
+            env.close()
+            known = {"time_limit": env.spec.max_episode_steps if env.spec else None, "frames": frames_of(run.env)}
+        self.learner = run.add("learner", build_learner(self.kind, self, run.spec, run.streams, **known))
         if isinstance(self.learner, TorchLearner) and not run.spec.image:
             run.notes.append("numba is not installed: streaming learners are some twenty times faster with it")
         if self.learner.unconnected:
@@ -129,9 +122,66 @@ class StreamAC(ActorCriticIngredients, StreamMethod):
 @method("stream-td", learns_from="environment", paper=56, policy="control")
 @dataclass(kw_only=True)
 class StreamTD(StreamMethod):
-    """Stream TD(lamda): the values of acting uniformly at random; the exported policy holds them and acts so."""
+    """Stream TD(lamda): the values of acting uniformly at random; the exported policy holds them and acts so.
+
+    With data, a .csv or .parquet file with a row for each time, it predicts in one pass: at each row what its target
+    (`FILE?target=COLUMN`, else the last column) will be, G_t = sum_k gamma^k c_{t+k+1}, seeing running means of all
+    columns. `predictions.csv` in the run has what was said of each row before its future was known, and what came.
+    """
+
+    trace: float = 0.999  # with data: decay of the running means; 0 shows the rows as they are
 
     kind = "td"
+    predicts = True
+
+    def check(self) -> None:
+        super().check()
+        check_range(vars(self), "trace", high=1, below=True)
+
+    def check_loop(self, training: ControlTraining) -> None:
+        if training.data is None:
+            return super().check_loop(training)
+        if training.env is not None or training.corrupt:
+            what = "env" if training.env is not None else "corrupt"
+            raise ConfigError(f"{self.name} predicts the columns of {training.data}: leave {what} out.")
+
+    def setup(self, run: ControlRun) -> None:
+        super().setup(run)
+        if run.data is not None:
+            from guerdon.control.series import Forecast
+
+            self.forecast = run.add("forecast", Forecast(len(run.seeds), run.data.rewards, self.gamma))
+
+    def learn(self, run: ControlRun) -> Iterator[Metrics]:
+        if run.data is None:
+            yield from super().learn(run)
+        else:
+            yield from self.predict(run, run.data)
+
+    def predict(self, run: ControlRun, data: Transitions) -> Iterator[Metrics]:
+        """One pass over a series, the same for all seeds."""
+        from guerdon.control.series import running_means
+
+        learner, cursor, seeds = self.learner, run.cursor, len(run.seeds)
+        rows = np.concatenate([data.observations, data.next_observations[-1:]])
+        seen = np.repeat(running_means(rows, self.trace)[:, None], seeds, 1)
+        value = learner.names.index("value/mean")
+        if cursor.step == 0:
+            learner.begin(seen[0])
+        for stop in run.stretches(min(run.config.max_updates or len(data), len(data))):
+            start = cursor.step
+            while cursor.step < stop:
+                t = cursor.step
+                before, scale = learner.tally[:, value].copy(), learner.reward_scale()
+                reward, terminated, truncated = (
+                    np.repeat(x[t], seeds) for x in (data.rewards, data.terminated, data.truncated)
+                )
+                learner.step(seen[t + 1], reward, terminated, truncated, seen[t + 1])
+                self.forecast.values[:, t] = (learner.tally[:, value] - before) * scale
+                cursor.step += 1
+            run.act_with(*learner.policy())
+            yield {**learner.take(), **self.forecast.errors(start, stop)}
+        self.forecast.write(run.directory / "predictions.csv", run.seeds)
 
     def behave(self, run: ControlRun) -> np.ndarray:
         spec, streams = run.spec, run.streams

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from guerdon.control import networks
 
-kernels = pytest.importorskip("guerdon.control.kernels", exc_type=ImportError)
+kernels = pytest.importorskip("guerdon.control.networks.kernels", exc_type=ImportError)
 
 
 def layers(n: int, widths: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
@@ -93,7 +93,7 @@ def test_networks_take_this_road_to_the_same_numbers(monkeypatch, members):
     x = torch.randn(2, 20, 5, requires_grad=True)
     found = []
     for module in (kernels, None):
-        monkeypatch.setattr(networks, "_kernels", lambda module=module: module)
+        monkeypatch.setattr(networks.layers, "_kernels", lambda module=module: module)
         y = mlp(x)
         found.append([y, *torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()])])
     assert taken == [1]

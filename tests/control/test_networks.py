@@ -107,7 +107,7 @@ def test_wide_layers_take_another_road_to_the_same_numbers():
     mlp = started(MLP(2, 17, (256, 256), 2, members=2), SEEDS[:2])
     x = torch.randn(2, 64, 17, generator=torch.Generator().manual_seed(1), requires_grad=True)
     y, expected = mlp(x), reference(mlp, x, F.relu)
-    assert networks._ONEDNN_FROM <= 64 * 256 * 256 or not torch.backends.mkldnn.is_available()
+    assert networks.layers._ONEDNN_FROM <= 64 * 256 * 256 or not torch.backends.mkldnn.is_available()
     torch.testing.assert_close(y, expected)
     inputs = [x, *mlp.parameters()]
     for mine, theirs in zip(

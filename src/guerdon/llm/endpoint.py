@@ -139,7 +139,6 @@ class Endpoint:
             await events.close()
 
     async def _once(self, request: Callable[[], Awaitable[Any]]) -> Any:
-        import httpx
         import openai
 
         try:
@@ -149,7 +148,7 @@ class Endpoint:
             if error.status_code in (408, 409, 429) or error.status_code >= 500:
                 raise Again(failure, error.status_code, _retry_after(error.response.headers)) from None
             raise failure from None  # what it is made of may hold the key
-        except (openai.APIConnectionError, httpx.TransportError) as error:
+        except openai.APIConnectionError as error:
             said = _without_key(str(error.__cause__ or error)) or type(error).__name__
             failure = self.error(f"no answer ({said}). Is the server running, and the address right?")
             raise Again(failure) from None

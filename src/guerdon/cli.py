@@ -360,14 +360,14 @@ class Played:
 
 def _solve(argv: list[str]) -> None:
     """Solve scrambled puzzles by A* or Q* search, or play any environment by tree search (--search mcts)."""
-    if "mcts" in (word.removeprefix("--search=") for word in argv):
+    if "--search=mcts" in argv or ("--search", "mcts") in itertools.pairwise(argv):
         return _play(argv)
     _parse(Solve, argv, "solve", _solve.__doc__).run()
 
 
 def _play(argv: list[str]) -> None:
     """Play episodes of an environment that can be brought back, with a tree search (UCT) before every action."""
-    from guerdon.fields import options
+    from guerdon.fields import check_range, options
     from guerdon.methods.planning.mcts import MCTS
 
     usual = {"iterations": 100, "max_depth": 50, "goal": math.inf, "unfinished": None}
@@ -377,21 +377,20 @@ def _play(argv: list[str]) -> None:
     from guerdon.methods.planning.simulator import Simulator, play
 
     played, how = parsed.played, MCTS(**vars(parsed.search))
+    check_range(vars(played), "instances", "steps", low=1)
+    check_range(vars(played), "seed")
     episodes = []
     for seed in range(played.seed, played.seed + played.instances):
-        simulator = Simulator(played.env, seed)
-        episodes.append(play(simulator, how, steps=played.steps, seed=seed)._asdict())
-        simulator.close()
+        with contextlib.closing(Simulator(played.env, seed)) as simulator:
+            episode = play(simulator, how, steps=played.steps, seed=seed)
+        episodes.append(episode)
         if not played.json:
-            print(
-                "seed {}: return {ret:g}, {} steps{}".format(
-                    seed, len(episodes[-1]["actions"]), ", ended" * episodes[-1]["terminated"], **episodes[-1]
-                )
-            )
-    mean = sum(episode["ret"] for episode in episodes) / len(episodes)
-    _print_json({"env": played.env, "return": mean, "episodes": episodes}) if played.json else print(
-        f"mean return {mean:g}"
-    )
+            print(f"seed {seed}: return {episode.ret:g}, {len(episode.actions)} steps{', ended' * episode.terminated}")
+    mean = sum(episode.ret for episode in episodes) / len(episodes)
+    if played.json:
+        _print_json({"env": played.env, "return": mean, "episodes": [episode._asdict() for episode in episodes]})
+    else:
+        print(f"mean return {mean:g}")
 
 
 @dataclass

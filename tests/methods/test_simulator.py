@@ -169,5 +169,8 @@ def test_a_puzzle_is_solved_from_the_command_line(capsys):
     assert "mean return -2" in capsys.readouterr().out
     assert main(["solve", "random", "--env", "Pendulum-v1", "--search", "mcts"]) == 2
     assert "Pendulum-v1: a search tries every action" in capsys.readouterr().err
+    assert main([*argv, "--instances", "0"]) == 2 and "instances is 0" in capsys.readouterr().err
+    assert main(["solve", "mcts", "--env", "puzzle15"]) == 2  # a run of that name, which there is not
+    assert "mcts is neither a run of davi or qstar" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="iterations"):
         play(Simulator("CartPole-v1"), MCTS(iterations=0))

@@ -10,6 +10,7 @@ import asyncio
 import email.utils
 import os
 import random
+import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -141,6 +142,8 @@ class Endpoint:
     async def _once(self, request: Callable[[], Awaitable[Any]]) -> Any:
         import openai
 
+        # openai 2 lets errors of its transport, httpx, through where they break a stream.
+        transport = [sys.modules["httpx"].TransportError] if "httpx" in sys.modules else []
         try:
             return await request()
         except openai.APIStatusError as error:
@@ -148,7 +151,7 @@ class Endpoint:
             if error.status_code in (408, 409, 429) or error.status_code >= 500:
                 raise Again(failure, error.status_code, _retry_after(error.response.headers)) from None
             raise failure from None  # what it is made of may hold the key
-        except openai.APIConnectionError as error:
+        except (openai.APIConnectionError, *transport) as error:
             said = _without_key(str(error.__cause__ or error)) or type(error).__name__
             failure = self.error(f"no answer ({said}). Is the server running, and the address right?")
             raise Again(failure) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -147,13 +148,14 @@ def _go(run: LanguageRun | ControlRun | PromptRun, rundir: RunDir, progress: Pro
         evaluate = evaluate_prompt_run
     else:
         evaluate = evaluate_run if run.held_out or run.config.env else None
-    run_loop(
-        run,
-        run.method,
-        rundir,
-        run.config,
-        evaluate=evaluate,
-        sinks=open_sinks(rundir, run.config.log_to) if main else [],
-        progress=progress,
-    )
+    with run.threads() if isinstance(run, ControlRun) else nullcontext():
+        run_loop(
+            run,
+            run.method,
+            rundir,
+            run.config,
+            evaluate=evaluate,
+            sinks=open_sinks(rundir, run.config.log_to) if main else [],
+            progress=progress,
+        )
     return rundir

@@ -98,3 +98,21 @@ def test_networks_take_this_road_to_the_same_numbers(monkeypatch, members):
         found.append([y, *torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()])])
     assert taken == [1]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_threads_change_no_number():
+    widths = (60, 300, 300, 2)
+    x, parameters = torch.randn(3, 256, 60, generator=torch.Generator().manual_seed(1)), layers(3, widths)
+    slopes = np.array([0, 0, 1], np.float32)
+
+    def both_ways():
+        y, tape = kernels.forward(x, parameters, slopes)
+        found, to_x = kernels.backward(torch.ones_like(y), tape, True, True)
+        return [y, *found, to_x]
+
+    alone = both_ways()
+    with networks.one_thread_each(2):
+        assert (kernels.threads, torch.get_num_threads()) == (2, 1)
+        shared = both_ways()
+    assert kernels.threads == 1
+    torch.testing.assert_close(shared, alone, rtol=0, atol=0)

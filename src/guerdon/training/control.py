@@ -6,7 +6,7 @@ import ctypes
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -124,6 +124,16 @@ class ControlRun:
         from guerdon.control.policy import ControlPolicy
 
         self.policy = ControlPolicy(actor, self.spec, normalizer, self.env, self.seeds, critic)
+
+    def threads(self) -> AbstractContextManager[None]:
+        """The CPU's threads for those who use them: for torch where images or much of bf16 are multiplied, else see
+        `one_thread_each`."""
+        from guerdon.control.networks import one_thread_each
+
+        large = self.spec.image or (self.precision == "bf16" and len(self.seeds) > 3)
+        if large or self.device != "cpu":
+            return nullcontext()
+        return one_thread_each(torch.get_num_threads())
 
     def compiled(self, update: Callable[..., Any]) -> Callable[..., Any]:
         """`update`, compiled where the run is told to."""

@@ -20,7 +20,7 @@ from guerdon.control.networks.actors import (
     build_actor,
 )
 from guerdon.control.networks.encoders import ConvEncoder, RecurrentEncoder
-from guerdon.control.networks.layers import MLP, LayerNorm, Linear, Precision
+from guerdon.control.networks.layers import MLP, LayerNorm, Linear, Precision, one_thread_each
 from guerdon.control.networks.network import Pass, in_numpy
 from guerdon.control.networks.parameters import How, ema_, frozen, initialise
 from guerdon.control.networks.values import DiscreteQ, QEnsemble, Value
@@ -49,4 +49,5 @@ __all__ = [
     "frozen",
     "in_numpy",
     "initialise",
+    "one_thread_each",
 ]

@@ -8,8 +8,10 @@ its columns of the right matrix go by (Goto and van de Geijn 2008, ACM TOMS 34(3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,13 +23,17 @@ from numba.core import cgutils
 from torch import Tensor
 
 _LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8  # of a vector
-_ROWS, _WIDTH = 4, 2 * _LANES  # of a block: eight sums are under way, as many as keep two multipliers busy
+_ROWS, _WIDTH = 8, 2 * _LANES  # of a block, whose sums fill half of the registers
 _SIZE = 4  # bytes of a number
+_SHARED_FROM = 2**26  # multiplications that are worth waking other threads for
+threads = 1  # in which different networks may be computed
 _FLOAT, _LANE, _ADDRESS = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, _LANES)
 _intrinsic: Any = extending.intrinsic  # what it returns is called without its first argument
 # Sums may be reordered, so that they vectorise; what is not finite stays so.
-_compiled: Any = partial(njit, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+_compiled: Any = partial(
+    njit, cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"}
+)
 
 
 class Tape(NamedTuple):
@@ -56,7 +62,7 @@ def forward(x: Tensor, parameters: Sequence[Tensor], slopes: np.ndarray) -> tupl
     outputs = np.empty(n * rows * (sum(widths) - inputs), np.float32)
     addresses = np.array([(p.data_ptr(), _SIZE * p.stride(0)) for p in parameters])
     strides = (_SIZE * step for step in x.stride())
-    _forward(n, rows, np.array(widths), x.data_ptr(), *strides, addresses, slopes, outputs)
+    _share(_forward, n, rows, np.array(widths), x.data_ptr(), *strides, addresses, slopes, outputs)
     result = torch.from_numpy(outputs[-n * rows * widths[-1] :]).view(n, rows, -1)
     return result, Tape(x, outputs, widths, addresses, slopes)
 
@@ -68,7 +74,8 @@ def backward(gradient: Tensor, tape: Tape, learns: bool, to_x: bool) -> tuple[li
     shapes = [shape for i, o in pairwise(widths) for shape in ((n, o, i), (n, o))] if learns else []
     found = [x.new_empty(shape) for shape in shapes]
     result = x.new_empty(n, rows, inputs) if to_x else None
-    _backward(
+    _share(
+        _backward,
         n,
         rows,
         np.array(widths),
@@ -84,31 +91,52 @@ def backward(gradient: Tensor, tape: Tape, learns: bool, to_x: bool) -> tuple[li
     return found, result
 
 
+def _share(compute: Callable[..., None], n: int, rows: int, widths: np.ndarray, *arguments: Any) -> None:
+    """`compute` all n networks, in several threads where these may be used and there is enough to do for them."""
+    parts = min(n, threads)
+    if parts == 1 or n * rows * int(widths[1:] @ widths[:-1]) < _SHARED_FROM:
+        compute(0, n, n, rows, widths, *arguments)
+        return
+    bounds = [n * part // parts for part in range(parts + 1)]
+    others = [_pool().submit(compute, *some, n, rows, widths, *arguments) for some in pairwise(bounds[1:])]
+    compute(0, bounds[1], n, rows, widths, *arguments)
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), "networks")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
 def _at(builder: Any, address: Any, kind: Any) -> Any:
     return builder.inttoptr(address, kind.as_pointer())
 
 
-def _block(rows: int) -> Any:
-    """A function that computes a block of `rows` x `_WIDTH` of a product."""
+def _block(rows: int, vectors: int) -> Any:
+    """A function that computes a block of `rows` x (`vectors` * `_LANES`) of a product."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        """f(start + a b), with b (inner, `_WIDTH`) contiguous; all but the slope of f are addresses and strides."""
+        """f(start + a b), the rows of b `_WIDTH` numbers apart; all but the slope of f are addresses and strides."""
         a, a_row, a_column, b, inner, start, result, result_row, slope = args
 
-        def vectors(address: Any) -> list[Any]:
-            return [_at(builder, builder.add(address, _ADDRESS(_SIZE * _LANES * i)), _VECTOR) for i in range(2)]
+        def places(address: Any) -> list[Any]:
+            return [_at(builder, builder.add(address, _ADDRESS(_SIZE * _LANES * i)), _VECTOR) for i in range(vectors)]
 
         def everywhere(x: Any) -> Any:
             nothing = ir.Constant(_VECTOR, ir.Undefined)
             one = builder.insert_element(nothing, x, _LANE(0))
             return builder.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(_LANE, _LANES), [0] * _LANES))
 
-        sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(2)] for _ in range(rows)]  # registers
+        sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(vectors)] for _ in range(rows)]  # registers
         for row in sums:
-            for place, own in zip(vectors(start), row, strict=True):
+            for place, own in zip(places(start), row, strict=True):
                 builder.store(builder.load(place, align=_SIZE), own)
         with cgutils.for_range(builder, inner) as loop:
-            right = vectors(builder.add(b, builder.mul(loop.index, _ADDRESS(_SIZE * _WIDTH))))
+            right = places(builder.add(b, builder.mul(loop.index, _ADDRESS(_SIZE * _WIDTH))))
             right = [builder.load(place, align=_SIZE) for place in right]
             column = builder.add(a, builder.mul(loop.index, a_column))
             for r, row in enumerate(sums):
@@ -119,8 +147,7 @@ def _block(rows: int) -> Any:
                     builder.store(builder.fadd(builder.load(own), term, flags=("contract",)), own)
         zero, slope = ir.Constant(_VECTOR, [0.0] * _LANES), everywhere(slope)
         for r, row in enumerate(sums):
-            places = vectors(builder.add(result, builder.mul(_ADDRESS(r), result_row)))
-            for own, place in zip(row, places, strict=True):
+            for own, place in zip(row, places(builder.add(result, builder.mul(_ADDRESS(r), result_row))), strict=True):
                 u = builder.load(own)
                 below = builder.fcmp_ordered("<", u, zero)
                 builder.store(builder.select(below, builder.fmul(u, slope), u), place, align=_SIZE)
@@ -133,7 +160,30 @@ def _block(rows: int) -> Any:
     return block
 
 
-_many, _one = _block(_ROWS), _block(1)
+_tall, _low, _line, _slim = _block(_ROWS, 2), _block(_ROWS // 2, 2), _block(1, 2), _block(_ROWS, 1)
+
+
+@_intrinsic
+def _transpose(typing, source, step, target):  # type: ignore[no-untyped-def]
+    """Write `_LANES` rows of `_LANES` numbers, `step` bytes apart, as columns of what has `_WIDTH` numbers in a row."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, step, target = args
+        places = [_at(builder, builder.add(source, builder.mul(_ADDRESS(r), step)), _VECTOR) for r in range(_LANES)]
+        rows = [builder.load(place, align=_SIZE) for place in places]
+        for d in (1 << bit for bit in range(_LANES.bit_length() - 1)):  # blocks of d x d change their places
+            low = [j if not j & d else _LANES + j - d for j in range(_LANES)]
+            high = [j + d if not j & d else _LANES + j for j in range(_LANES)]
+            low, high = (ir.Constant(ir.VectorType(_LANE, _LANES), order) for order in (low, high))
+            for r in (r for r in range(_LANES) if not r & d):
+                a, b = rows[r], rows[r + d]
+                rows[r], rows[r + d] = builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)
+        for c, row in enumerate(rows):
+            place = _at(builder, builder.add(target, _ADDRESS(_SIZE * _WIDTH * c)), _VECTOR)
+            builder.store(row, place, align=_SIZE)
+        return context.get_dummy_value()
+
+    return void(intp, intp, intp), build
 
 
 @_intrinsic
@@ -175,13 +225,20 @@ def _room(m, k):  # type: ignore[no-untyped-def]
 @_compiled()
 def _pack(m, k, x, step, along, to):  # type: ignore[no-untyped-def]
     """Of x (m, k), at most `_WIDTH` of the m side by side for each of the k; `step` and `along` are its strides."""
+    line = _SIZE * _WIDTH
     if step == _SIZE and m == _WIDTH:
         for p in range(k):
-            _copy(x + p * along, to + _SIZE * _WIDTH * p)
+            _copy(x + p * along, to + line * p)
+    elif along == _SIZE and m >= _LANES and k >= _LANES:
+        for left in range(0, m, _LANES):
+            r = min(left, m - _LANES)
+            for top in range(0, k, _LANES):
+                p = min(top, k - _LANES)
+                _transpose(x + r * step + p * along, step, to + line * p + _SIZE * r)
     else:
         for p in range(k):
             for r in range(m):
-                _put(to + _SIZE * (_WIDTH * p + r), _get(x + p * along + r * step))
+                _put(to + line * p + _SIZE * r, _get(x + p * along + r * step))
 
 
 @_compiled()
@@ -207,26 +264,30 @@ def _product(room, m, k, o, a, a_row, a_column, b, b_row, b_column, bias, slope,
             _put(start + _SIZE * c, _get(bias + _SIZE * (j + c)) if bias else float32(0))
         for top in range(0, m, _WIDTH):
             height = min(_WIDTH, m - top)
-            rows = _ROWS if height >= _ROWS else 1
+            rows = _ROWS if height >= _ROWS else _ROWS // 2 if height >= _ROWS // 2 else 1
             for down in range(0, height, rows):
                 i = min(down, height - rows)
                 place = result + _SIZE * ((top + i) * o + j)
                 to, step = (place, _SIZE * o) if width == _WIDTH else (cut, line)
                 row = a + top // _WIDTH * slab + i * slab_row
-                if rows == _ROWS:
-                    _many(row, slab_row, slab_column, panel, k, start, to, step, slope)
+                if rows == _ROWS and width <= _LANES:
+                    _slim(row, slab_row, slab_column, panel, k, start, to, step, slope)
+                elif rows == _ROWS:
+                    _tall(row, slab_row, slab_column, panel, k, start, to, step, slope)
+                elif rows > 1:
+                    _low(row, slab_row, slab_column, panel, k, start, to, step, slope)
                 else:
-                    _one(row, slab_row, slab_column, panel, k, start, to, step, slope)
+                    _line(row, slab_row, slab_column, panel, k, start, to, step, slope)
                 if width < _WIDTH:
                     for r in range(rows):
                         for c in range(width):
                             _put(place + _SIZE * (r * o + c), _get(cut + line * r + _SIZE * c))
 
 
-@_compiled(void(intp, intp, int64[::1], intp, intp, intp, intp, int64[:, ::1], float32[::1], float32[::1]))
-def _forward(n, rows, widths, x, x_each, x_row, x_column, parameters, slopes, outputs):  # type: ignore[no-untyped-def]
+@_compiled(void(*[intp] * 4, int64[::1], *[intp] * 4, int64[:, ::1], float32[::1], float32[::1]))
+def _forward(begin, end, n, rows, widths, x, x_each, x_row, x_column, parameters, slopes, outputs):  # type: ignore[no-untyped-def]
     room = _room(rows, max(widths))
-    for each in range(n):
+    for each in range(begin, end):
         seen, row, column, to = x + each * x_each, x_row, x_column, outputs.ctypes.data
         for layer in range(len(slopes)):
             i, o = widths[layer], widths[layer + 1]
@@ -237,47 +298,57 @@ def _forward(n, rows, widths, x, x_each, x_row, x_column, parameters, slopes, ou
             seen, row, column, to = here, _SIZE * o, _SIZE, to + _SIZE * n * rows * o
 
 
+@_compiled()
+def _through_activation(gradient, y, slope, total):  # type: ignore[no-untyped-def]
+    """Multiply the gradient (B, O) by that of the activation, whose outputs are y, and sum it over B into `total`."""
+    total[:] = 0
+    for row in range(len(y)):
+        for c in range(len(total)):
+            g = gradient[row, c] * (float32(1) if y[row, c] > 0 else slope)
+            gradient[row, c] = g
+            total[c] += g
+
+
 @_compiled(
     void(
-        *[intp] * 2, int64[::1], *[intp] * 4, int64[:, ::1], float32[::1], float32[::1], float32[::1], int64[::1], intp
+        *[intp] * 4, int64[::1], *[intp] * 4, int64[:, ::1], float32[::1], float32[::1], float32[::1], int64[::1], intp
     )
 )
 def _backward(  # type: ignore[no-untyped-def]
-    n, rows, widths, x, x_each, x_row, x_column, parameters, slopes, outputs, gradient, found, to_x
+    begin, end, n, rows, widths, x, x_each, x_row, x_column, parameters, slopes, outputs, gradient, found, to_x
 ):
     layers, most = len(slopes), max(widths)
     room = _room(max(most, rows), max(most, rows))
     here, there = np.empty(rows * most, np.float32), np.empty(rows * most, np.float32)  # gradients by what a layer says
+    flipped = np.empty(_WIDTH * most, np.float32)
     total = np.empty(most, np.float32)
-    for each in range(n):
-        o, end = widths[layers], len(outputs)
+    for each in range(begin, end):
+        o, at = widths[layers], len(outputs)
         here[: rows * o] = gradient[each * rows * o : (each + 1) * rows * o]
         for layer in range(layers - 1, -1, -1):
             i, o = widths[layer], widths[layer + 1]
-            begin = end - n * rows * o
-            if slopes[layer] != 1:
-                y = outputs[begin + each * rows * o : begin + (each + 1) * rows * o]
-                slope = slopes[layer]
-                for p in range(rows * o):
-                    here[p] = here[p] if y[p] > 0 else slope * here[p]
-            end = begin
+            at -= n * rows * o  # where the outputs of this layer begin
+            y = outputs[at + each * rows * o : at + (each + 1) * rows * o].reshape(rows, o)
+            _through_activation(here[: rows * o].reshape(rows, o), y, slopes[layer], total[:o])
             if layer:
-                seen = outputs[end + (each - n) * rows * i :].ctypes.data
+                seen = outputs[at + (each - n) * rows * i :].ctypes.data
                 row, column = _SIZE * i, _SIZE
             else:
                 seen, row, column = x + each * x_each, x_row, x_column
-            g = here.ctypes.data
+            g, one = here.ctypes.data, float32(1)
             if len(found):
                 weight, bias = found[2 * layer] + _SIZE * each * o * i, found[2 * layer + 1] + _SIZE * each * o
-                _product(room, o, rows, i, g, _SIZE, _SIZE * o, seen, row, column, 0, float32(1), weight)
-                total[:o] = 0
-                for p in range(rows):
-                    for c in range(o):
-                        total[c] += here[p * o + c]
+                if i < _WIDTH <= o:  # a block would be wider than the product: rather its transpose
+                    _product(room, i, rows, o, seen, column, row, g, _SIZE * o, _SIZE, 0, one, flipped.ctypes.data)
+                    for r in range(o):
+                        for c in range(i):
+                            _put(weight + _SIZE * (r * i + c), flipped[c * o + r])
+                else:
+                    _product(room, o, rows, i, g, _SIZE, _SIZE * o, seen, row, column, 0, one, weight)
                 for c in range(o):
                     _put(bias + _SIZE * c, total[c])
             if layer or to_x:
                 weight = parameters[2 * layer, 0] + each * parameters[2 * layer, 1]
                 to = there.ctypes.data if layer else to_x + _SIZE * each * rows * i
-                _product(room, rows, o, i, g, _SIZE * o, _SIZE, weight, _SIZE * i, _SIZE, 0, float32(1), to)
+                _product(room, rows, o, i, g, _SIZE * o, _SIZE, weight, _SIZE * i, _SIZE, 0, one, to)
                 here, there = there, here

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import pairwise
@@ -41,9 +42,9 @@ _ONEDNN_FROM = 2**21 if torch.backends.mkldnn.is_available() else math.inf
 # A product with fewer columns than this takes MKL twice as long as its transpose.
 _NARROW = 64
 
-# What compiled layers are faster for: from so many rows on, up to so many multiplications in any layer where torch has
-# one thread, which is what they use, and up to so many in all layers where it has more.
-_COMPILED_FROM, _COMPILED_IN_ONE, _COMPILED_IN_ALL = 16, 2**24, 2**22
+# What compiled layers are faster for: from so many rows on, and up to so many multiplications where torch has more
+# threads than there are networks, each of which is computed by one thread.
+_COMPILED_FROM, _COMPILED_UP_TO = 16, 2**22
 _SLOPES = {"relu": 0.0, "leaky_relu": 0.01}  # of activations that are straight lines
 
 
@@ -82,13 +83,29 @@ def _compiled(plan: _Plan, x: Tensor, parameters: Sequence[Tensor]) -> bool:
         and plan.slopes is not None
         and x.is_cpu
         and rows >= _COMPILED_FROM
-        and (
-            n * rows * sum(plan.sizes) <= _COMPILED_IN_ALL
-            or (rows * max(plan.sizes) <= _COMPILED_IN_ONE and torch.get_num_threads() == 1)
-        )
+        and (n >= torch.get_num_threads() or n * rows * sum(plan.sizes) <= _COMPILED_UP_TO)
         and parameters[0].dtype == torch.float32
         and _kernels() is not None
     )
+
+
+@contextmanager
+def one_thread_each(threads: int) -> Iterator[None]:
+    """Within the block torch has one thread, and compiled networks of different seeds and members share `threads`.
+
+    Torch's threads wait for one another longer than a small product takes: with two of them most updates take longer
+    than with one.
+    """
+    before, kernels = torch.get_num_threads(), _kernels()
+    torch.set_num_threads(1)
+    if kernels is not None:
+        kernels.threads = threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if kernels is not None:
+            kernels.threads = 1
 
 
 class _Layers(torch.autograd.Function):

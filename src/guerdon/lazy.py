@@ -16,6 +16,8 @@ else:
 
     class _LazyModule(ModuleType):
         def __getattr__(self, name: str) -> Any:
-            return getattr(importlib.import_module(self.__name__), name)
+            value = getattr(importlib.import_module(self.__name__), name)
+            setattr(self, name, value)  # the next use finds it without asking
+            return value
 
     torch = _LazyModule("torch")

@@ -39,6 +39,7 @@ class Adam:
         max_grad_norm: float = 0.0,
     ) -> None:
         self.parameters = list(parameters)
+        self._moved = [p.detach() for p in self.parameters]
         self.betas, self.eps, self.weight_decay, self.max_grad_norm = betas, eps, weight_decay, max_grad_norm
         device = self.parameters[0].device
         self.steps = torch.zeros((), device=device)
@@ -78,7 +79,7 @@ class Adam:
         (self._step_untraced if torch.compiler.is_compiling() else self._step)()
 
     def _step(self) -> None:
-        parameters, gradients = [p.detach() for p in self.parameters], self._gradients()
+        gradients = self._gradients()
         if self.max_grad_norm:
             norms = self.gradient_norms()
             if norms.is_cuda or (norms > self.max_grad_norm).any():
@@ -87,7 +88,7 @@ class Adam:
         self.steps += 1
         fused = torch._fused_adamw_ if self.weight_decay else torch._fused_adam_
         fused(
-            parameters,
+            self._moved,
             gradients,
             self.first,
             self.second,

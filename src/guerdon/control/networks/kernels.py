@@ -60,7 +60,7 @@ def forward(x: Tensor, parameters: Sequence[Tensor], slopes: np.ndarray) -> tupl
     n, rows, inputs = x.shape
     widths = [inputs, *(bias.shape[1] for bias in parameters[1::2])]
     outputs = np.empty(n * rows * (sum(widths) - inputs), np.float32)
-    addresses = np.array([(p.data_ptr(), _SIZE * p.stride(0)) for p in parameters])
+    addresses = np.array([number for p in parameters for number in (p.data_ptr(), _SIZE * p.stride(0))]).reshape(-1, 2)
     strides = (_SIZE * step for step in x.stride())
     _share(_forward, n, rows, np.array(widths), x.data_ptr(), *strides, addresses, slopes, outputs)
     result = torch.from_numpy(outputs[-n * rows * widths[-1] :]).view(n, rows, -1)

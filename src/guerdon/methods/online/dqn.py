@@ -110,9 +110,10 @@ class DQN(ReplayControl):
         epsilon = self.epsilon_start + (self.epsilon_end - self.epsilon_start) * decayed
         drawn = run.streams.uniform("explore", obs.shape[1], 2).cpu().numpy()
         explores = drawn[..., 0] < epsilon
-        actions = (drawn[..., 1].astype(np.float64) * run.spec.actions).astype(
-            np.int64
-        )  # in float32 1 might be reached
+        if not explores.any():
+            return self.values(obs).argmax(-1)
+        # in float32 the product might be the number of actions
+        actions = (drawn[..., 1].astype(np.float64) * run.spec.actions).astype(np.int64)
         return actions if explores.all() else np.where(explores, actions, self.values(obs).argmax(-1))
 
     def draw(self, run: ControlRun) -> Batch:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from pathlib import Path
@@ -11,9 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 import guerdon
-from guerdon.control.networks import build_actor
+from guerdon.control.networks import (
+    CategoricalActor,
+    DeterministicActor,
+    GaussianActor,
+    build_actor,
+    initialise,
+)
+from guerdon.control.optim import Adam
 from guerdon.control.policy import ControlPolicy
 from guerdon.control.replay import Batch, Replay
+from guerdon.control.spaces import Spec
 from guerdon.control.streams import Streams
 from guerdon.control.tabular import as_transitions
 from guerdon.errors import ConfigError
@@ -22,7 +31,7 @@ from guerdon.exact.samples import sample
 from guerdon.exact.worlds import random_mdp
 from guerdon.methods.base import check_options
 from guerdon.methods.control import td_target
-from guerdon.methods.offline.bc import BC, imitation_loss, top_episodes
+from guerdon.methods.offline.bc import BC, imitate, imitation_loss, top_episodes
 from guerdon.methods.offline.iql import IQL, corruption_statistics, expectile_loss
 from guerdon.methods.offline.riql import RIQL
 from guerdon.methods.offline.td3_bc import TD3BC, smoothed, td3_bc_loss
@@ -113,6 +122,38 @@ def test_imitation_losses(noise):
     output = run.policy.actor(obs)
     expected = -torch.distributions.Normal(output.mean, output.log_std.exp()).log_prob(action).sum(-1)
     torch.testing.assert_close(imitation_loss(output, action.expand(1, 4, 2)), expected)
+
+
+BODY = Spec((3,), False, False, 2, (-1.0, -3.0), (1.0, 2.0))
+ACTORS = {
+    "deterministic": DeterministicActor(2, BODY, (16,)),
+    "gaussian": GaussianActor(2, BODY, (16,), squash=False, state_dependent=False),
+    "bounded": GaussianActor(2, BODY, (16,), squash=False, state_dependent=False, bound_mean=True),
+    "categorical": CategoricalActor(2, Spec((3,), False, True, 4, (), ()), (16,)),
+    "image": GaussianActor(
+        2, Spec((4, 10, 10), True, False, 2, BODY.low, BODY.high), (16,), squash=False, state_dependent=False
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ACTORS)
+def test_imitation_in_closed_form_is_that_of_autograd(kind):
+    torch.manual_seed(0)
+    mine = copy.deepcopy(ACTORS[kind])
+    initialise(mine, [0, 1])
+    if "log_std" in dict(mine.named_parameters()):
+        mine.log_std.data = torch.tensor([[[0.3, -6.0]], [[2.0, 9.0]]])  # within, at and beyond the bounds
+    theirs = copy.deepcopy(mine)
+    obs = torch.randint(0, 2, (2, 7, 4, 10, 10), dtype=torch.uint8) if kind == "image" else torch.randn(2, 7, 3)
+    action = torch.randint(0, 4, (2, 7)) if kind == "categorical" else torch.rand(2, 7, 2)
+    weight = torch.rand(2, 7)
+    loss = (weight * imitation_loss(theirs(obs), action)).mean(-1)
+    expected = torch.autograd.grad(loss.sum(), list(theirs.parameters()))
+    batch = Batch(obs, action, weight, obs, weight < 0, weight < 0)
+    with torch.no_grad():
+        torch.testing.assert_close(imitate(mine, Adam(mine.parameters(), 1e-3), batch, weight), loss.detach())
+    for p, gradient in zip(mine.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_a_bounded_mean_is_the_tanh_of_a_plain_one(noise):

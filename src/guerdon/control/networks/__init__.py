@@ -22,7 +22,7 @@ from guerdon.control.networks.actors import (
 from guerdon.control.networks.encoders import ConvEncoder, RecurrentEncoder
 from guerdon.control.networks.layers import MLP, LayerNorm, Linear, Precision, one_thread_each
 from guerdon.control.networks.network import Pass, in_numpy
-from guerdon.control.networks.parameters import How, ema_, frozen, initialise
+from guerdon.control.networks.parameters import How, ema_, initialise
 from guerdon.control.networks.values import DiscreteQ, QEnsemble, Value
 
 __all__ = [
@@ -46,7 +46,6 @@ __all__ = [
     "Value",
     "build_actor",
     "ema_",
-    "frozen",
     "in_numpy",
     "initialise",
     "one_thread_each",

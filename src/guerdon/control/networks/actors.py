@@ -112,6 +112,14 @@ class Actor(Network):
     def config(self) -> dict[str, Any]:
         return {"actor": self.kind, "seeds": self.seeds, "spec": asdict(self.spec), **self.options}
 
+    def distribution(self, outputs: Tensor) -> Any:
+        """The distribution that `outputs` of the network stand for, or the actions themselves where there is none."""
+        raise NotImplementedError
+
+    def to_outputs(self, gradient: Tensor, outputs: Tensor) -> Tensor:
+        """The gradient by `outputs` of the network, from that by the actions, means or logits they stand for."""
+        return gradient
+
     def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:
         """Actions (S, B, A), or (S, B) where they are discrete, for observations (S, B, *obs).
 
@@ -126,6 +134,7 @@ class _ContinuousActor(Actor):
 
     low: Tensor
     high: Tensor
+    bound_mean = True  # whether the mean action is centre + half * tanh(outputs), or `outputs` as they are
 
     def __init__(self, seeds: int, spec: Spec, outputs: int, hidden: Sequence[int], **options: Any) -> None:
         if spec.discrete:
@@ -145,6 +154,18 @@ class _ContinuousActor(Actor):
         """Centre and half width of the range of every dimension."""
         return (self.high + self.low) / 2, (self.high - self.low) / 2
 
+    def mean(self, outputs: Tensor) -> Tensor:
+        """The mean action that `outputs` of the network stand for."""
+        if not self.bound_mean:
+            return outputs
+        centre, half = self.squashed_range()
+        return torch.addcmul(centre, torch.tanh(outputs), half)
+
+    def to_outputs(self, gradient: Tensor, outputs: Tensor) -> Tensor:
+        if not self.bound_mean:
+            return gradient
+        return gradient * self.squashed_range()[1] * (1 - torch.tanh(outputs).square())
+
 
 class DeterministicActor(_ContinuousActor):
     """centre + half * tanh(MLP(s)), between the bounds of the actions."""
@@ -157,8 +178,10 @@ class DeterministicActor(_ContinuousActor):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Observations (S, B, *obs) to actions (S, B, A)."""
-        centre, half = self.squashed_range()
-        return torch.addcmul(centre, torch.tanh(self.outputs(obs)), half)
+        return self.distribution(self.outputs(obs))
+
+    def distribution(self, outputs: Tensor) -> Tensor:
+        return self.mean(outputs)
 
     def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:
         return self(obs)
@@ -202,12 +225,8 @@ class GaussianActor(_ContinuousActor):
         return self.distribution(self.outputs(obs))
 
     def distribution(self, outputs: Tensor) -> Gaussian:
-        """The distribution that `outputs` of the network stand for."""
         mean, log_std = outputs.chunk(2, -1) if self.log_std is None else (outputs, self.log_std)
-        if self.bound_mean:
-            centre, half = self.squashed_range()
-            mean = torch.addcmul(centre, torch.tanh(mean), half)
-        return Gaussian(mean, log_std.clamp(*self.bounds), *(self.squashed_range() if self.squash else ()))
+        return Gaussian(self.mean(mean), log_std.clamp(*self.bounds), *(self.squashed_range() if self.squash else ()))
 
     def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:
         found = self(obs)
@@ -225,7 +244,10 @@ class CategoricalActor(Actor):
 
     def forward(self, obs: Tensor) -> Categorical:
         """The distribution of actions for observations (S, B, *obs)."""
-        return Categorical(self.outputs(obs))
+        return self.distribution(self.outputs(obs))
+
+    def distribution(self, outputs: Tensor) -> Categorical:
+        return Categorical(outputs)
 
     def act(self, obs: Tensor, streams: Streams | None = None) -> Tensor:
         found = self(obs)

@@ -97,9 +97,10 @@ class Pass:
         self.output = y if self._members is None else y.unflatten(0, (-1, self._members))
 
     def parameters(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of `network.parameters()`, in their order, from that of the output."""
+        """Gradients of the parameters of encoder and MLP, in their order, from that of the output."""
         if not self._network.plain:
-            return torch.autograd.grad(self._graph, list(self._network.parameters()), gradient)
+            reached = [p for part in self._network.children() for p in part.parameters()]
+            return torch.autograd.grad(self._graph, reached, gradient)
         return self._backward(gradient, False)[2:]
 
     def beside(self, gradient: Tensor) -> Tensor:

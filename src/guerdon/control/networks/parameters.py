@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -91,16 +90,3 @@ def _orthogonal(shape: torch.Size, generator: torch.Generator) -> Tensor:
 def ema_(target: nn.Module, source: nn.Module, rate: float) -> None:
     """target <- (1 - rate) target + rate source, parameter by parameter."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Within the block gradients flow through `module` to its inputs, and none are computed for its parameters."""
-    learned = [p for p in module.parameters() if p.requires_grad]
-    for p in learned:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in learned:
-            p.requires_grad_(True)

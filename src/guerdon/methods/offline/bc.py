@@ -10,10 +10,11 @@ import numpy as np
 from guerdon.fields import check_range
 from guerdon.lazy import torch
 from guerdon.methods.base import Metrics, method
-from guerdon.methods.control import OfflineControl
+from guerdon.methods.control import OfflineControl, no_grad
 
 if TYPE_CHECKING:
     from guerdon.control.networks import Actor, Categorical, Gaussian
+    from guerdon.control.optim import Adam
     from guerdon.control.replay import Batch
     from guerdon.training.control import ControlRun
 
@@ -30,6 +31,22 @@ def imitation_loss(output: torch.Tensor | Gaussian | Categorical, action: torch.
     if isinstance(output, torch.Tensor):
         return (output - action).square().sum(-1)
     return -output.log_prob(action)
+
+
+def imitation_slopes(
+    output: torch.Tensor | Gaussian | Categorical, action: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Derivatives of `imitation_loss` by actions, means or logits, and by log_std where there is one: (S, B, A)."""
+    from guerdon.control.networks import Categorical
+
+    if isinstance(output, torch.Tensor):
+        return 2 * (output - action), None
+    if isinstance(output, Categorical):
+        taken = action.unsqueeze(-1)
+        return output.log_probs.exp().scatter_add_(-1, taken, torch.full_like(output.logits[..., :1], -1)), None
+    precision = (-output.log_std).exp()
+    away = (output.mean - action) * precision
+    return away * precision, 1 - away.square()
 
 
 def top_episodes(returns: np.ndarray, lengths: np.ndarray, share: float) -> np.ndarray:
@@ -60,6 +77,27 @@ def imitator(run: ControlRun, kind: ActorKind, hidden: tuple[int, ...]) -> Actor
         bound = kind == "bounded-gaussian"
         return GaussianActor(seeds, run.spec, hidden, squash=False, state_dependent=False, bound_mean=bound, **options)
     return DeterministicActor(seeds, run.spec, hidden, **options)
+
+
+def imitate(actor: Actor, optimizer: Adam, batch: Batch, weight: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """One step of an `imitator` down the gradient of E[ weight * imitation_loss ], in closed form; the loss, (S,).
+
+    Args:
+        weight: (S, B), of each action.
+    """
+    from guerdon.control.networks import Pass
+
+    seen = Pass(actor, batch.obs)
+    policy = actor.distribution(seen.output)
+    losses = weight * imitation_loss(policy, batch.action)
+    share = torch.as_tensor(weight / losses.shape[1]).unsqueeze(-1)
+    to_mean, to_log_std = imitation_slopes(policy, batch.action)
+    gradients = seen.parameters(actor.to_outputs(share * to_mean, seen.output))
+    if to_log_std is not None:
+        free = policy.log_std == actor.log_std  # not held at a bound
+        gradients = ((share * to_log_std).sum(1, keepdim=True) * free, *gradients)
+    optimizer.apply(gradients)
+    return losses.mean(-1)
 
 
 @method("bc", learns_from="transitions", policy="control")
@@ -93,7 +131,6 @@ class BC(OfflineControl):
         self.optimizer = run.add("optimizer", Adam(self.pi.parameters(), self.lr))
         run.act_with(self.pi, self.normalizer(run))
 
+    @no_grad
     def update(self, batch: Batch) -> Metrics:
-        loss = imitation_loss(self.pi(batch.obs), batch.action).mean(-1)
-        self.optimizer.minimise(loss)
-        return {"loss/policy": loss.detach()}
+        return {"loss/policy": imitate(self.pi, self.optimizer, batch)}

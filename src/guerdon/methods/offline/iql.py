@@ -12,8 +12,8 @@ import numpy as np
 from guerdon.fields import check_range
 from guerdon.lazy import torch
 from guerdon.methods.base import Metrics, method
-from guerdon.methods.control import OfflineControl, td_target
-from guerdon.methods.offline.bc import ActorKind, imitation_loss, imitator
+from guerdon.methods.control import OfflineControl, no_grad, td_target
+from guerdon.methods.offline.bc import ActorKind, imitate, imitator
 
 if TYPE_CHECKING:
     from guerdon.control.replay import Batch
@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 def expectile_loss(advantage: torch.Tensor, tau: float) -> torch.Tensor:
     """|tau - 1[u < 0]| u^2 of u = Q(s, a) - V(s), elementwise (Kostrikov et al. 2022, eq. 5)."""
     return torch.where(advantage < 0, 1 - tau, tau) * advantage.square()
+
+
+def expectile_slope(advantage: torch.Tensor, tau: float) -> torch.Tensor:
+    """Derivative of `expectile_loss` by u: 2 |tau - 1[u < 0]| u."""
+    return 2 * torch.where(advantage < 0, 1 - tau, tau) * advantage
+
+
+def outputs_of(action: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Which outputs (S, K, B, O) of critics are of these actions, (S, K, B, 1): the only one where they are seen."""
+    if action.is_floating_point():
+        return torch.zeros_like(output, dtype=torch.int64)
+    return action[:, None, :, None].expand(-1, output.shape[1], -1, -1)
 
 
 def advantage_weight(advantage: torch.Tensor, beta: float, cap: float) -> torch.Tensor:
@@ -111,29 +123,31 @@ class IQL(OfflineControl):
     def before_update(self, step: int, total: int) -> None:
         self.actor_optimizer.lr = self.lr * (1 + math.cos(math.pi * step / total)) / 2
 
+    @no_grad
     def update(self, batch: Batch) -> Metrics:
-        from guerdon.control.networks import ema_
+        from guerdon.control.networks import Pass, ema_
 
-        with torch.no_grad():
-            target_q = critics_at(self.target, batch)
-            estimate = self.estimate(target_q)
-            target = self.bound(td_target(batch, self.value(batch.next_obs), self.gamma))
-        value = self.value(batch.obs)
+        seen = (batch.obs, batch.action) if batch.action.is_floating_point() else (batch.obs,)
+        judged, valued = Pass(self.critic, *seen), Pass(self.value, batch.obs)
+        taken = outputs_of(batch.action, judged.output)
+        target_q = self.target.outputs(*seen).gather(-1, taken).squeeze(-1)
+        estimate = self.estimate(target_q)
+        target = self.bound(td_target(batch, self.value(batch.next_obs), self.gamma))
+        value, q = valued.output.squeeze(-1), judged.output.gather(-1, taken).squeeze(-1)
         advantage = estimate - value
-        value_loss = expectile_loss(advantage, self.tau).mean(-1)
-        q = critics_at(self.critic, batch)
-        q_loss = self.td_loss(q, target).mean((1, 2))
-        self.optimizer.minimise(value_loss + q_loss)
+        to_value = (expectile_slope(advantage, self.tau) / -value.shape[1]).unsqueeze(-1)
+        to_q = (self.td_slope(q, target) / q[0].numel()).unsqueeze(-1)
+        to_q = torch.zeros_like(judged.output).scatter_(-1, taken, to_q)
+        self.optimizer.apply([*valued.parameters(to_value), *judged.parameters(to_q)])
         ema_(self.target, self.critic, self.target_rate)
 
-        weight = advantage_weight(advantage.detach(), self.beta, self.weight_cap)
-        policy_loss = (weight * imitation_loss(self.pi(batch.obs), batch.action)).mean(-1)
-        self.actor_optimizer.minimise(policy_loss)
+        weight = advantage_weight(advantage, self.beta, self.weight_cap)
+        policy_loss = imitate(self.pi, self.actor_optimizer, batch, weight)
         metrics = {
-            "loss/value": value_loss.detach(),
-            "loss/q": q_loss.detach(),
-            "loss/policy": policy_loss.detach(),
-            "value/mean": value.detach().mean(-1),
+            "loss/value": expectile_loss(advantage, self.tau).mean(-1),
+            "loss/q": self.td_loss(q, target).mean((1, 2)),
+            "loss/policy": policy_loss,
+            "value/mean": value.mean(-1),
             "policy/weight": weight.mean(-1),
         }
         if self.corrupted is not None:
@@ -152,10 +166,6 @@ class IQL(OfflineControl):
         """The loss of every critic (S, K, B) at its target (S, B): (S, K, B)."""
         return (q - target.unsqueeze(1)).square()
 
-
-def critics_at(critic: Any, batch: Batch) -> torch.Tensor:
-    """Q_k(s, a) of the actions of a batch, (S, K, B)."""
-    if batch.action.is_floating_point():
-        return critic(batch.obs, batch.action)
-    q = critic(batch.obs)
-    return q.gather(-1, batch.action[:, None, :, None].expand(-1, q.shape[1], -1, -1)).squeeze(-1)
+    def td_slope(self, q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Derivative of `td_loss` by q."""
+        return 2 * (q - target.unsqueeze(1))

@@ -92,3 +92,8 @@ class RIQL(IQL):
         if self.td == "mse":
             return super().td_loss(q, target)
         return huber_loss(q, target.unsqueeze(1).expand_as(q), self.delta)
+
+    def td_slope(self, q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if self.td == "mse":
+            return super().td_slope(q, target)
+        return ((q - target.unsqueeze(1)) / self.delta).clamp(-1, 1)

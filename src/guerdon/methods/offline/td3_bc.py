@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from guerdon.fields import check_range
 from guerdon.lazy import torch
 from guerdon.methods.base import Metrics, method
-from guerdon.methods.control import OfflineControl, td_target
+from guerdon.methods.control import OfflineControl, no_grad, td_target
 
 if TYPE_CHECKING:
     from guerdon.control.networks import QEnsemble
@@ -41,8 +41,12 @@ def td3_bc_loss(q: torch.Tensor, policy: torch.Tensor, action: torch.Tensor, alp
         q: (S, B) Q(s, pi(s)).
         policy, action: (S, B, A) pi(s) and a.
     """
-    scale = alpha / q.detach().abs().mean(-1)
-    return (policy - action).square().mean((-2, -1)) - scale * q.mean(-1)
+    return (policy - action).square().mean((-2, -1)) - q_scale(q, alpha) * q.mean(-1)
+
+
+def q_scale(q: torch.Tensor, alpha: float) -> torch.Tensor:
+    """lambda of `td3_bc_loss`, by seed: (S,)."""
+    return alpha / q.detach().abs().mean(-1)
 
 
 @method("td3-bc", learns_from="transitions", policy="control")
@@ -88,34 +92,41 @@ class TD3BC(OfflineControl):
     def before_update(self, step: int, total: int) -> None:
         self.moves_actor = (step + 1) % self.policy_delay == 0
 
+    @no_grad
     def update(self, batch: Batch) -> Metrics:
+        from guerdon.control.networks import Pass
+
         noise = self.target_noise * self.streams.normal("target_noise", *batch.action.shape[1:])
-        with torch.no_grad():
-            next_action = smoothed(
-                self.target_actor(batch.next_obs), noise, self.noise_clip, self.actor.low, self.actor.high
-            )
-            target = td_target(batch, self.target_critic(batch.next_obs, next_action).amin(1), self.gamma)
-        q = self.critic(batch.obs, batch.action)
-        critic_loss = (q - target.unsqueeze(1)).square().sum(1).mean(-1)
-        self.critic_optimizer.minimise(critic_loss)
-        metrics = {"loss/q": critic_loss.detach(), "value/q": q.detach().mean((1, 2))}
+        next_action = smoothed(
+            self.target_actor(batch.next_obs), noise, self.noise_clip, self.actor.low, self.actor.high
+        )
+        target = td_target(batch, self.target_critic(batch.next_obs, next_action).amin(1), self.gamma)
+        judged = Pass(self.critic, batch.obs, batch.action)
+        q = judged.output.squeeze(-1)
+        error = q - target.unsqueeze(1)
+        self.critic_optimizer.apply(judged.parameters(2 * error.unsqueeze(-1) / target.shape[1]))
+        metrics = {"loss/q": error.square().sum(1).mean(-1), "value/q": q.mean((1, 2))}
         return metrics | self.update_actor(batch) if self.moves_actor else metrics
 
     def update_actor(self, batch: Batch) -> Metrics:
         """One step of the actor and of all target networks."""
-        from guerdon.control.networks import ema_
+        from guerdon.control.networks import Pass, ema_
 
-        action = self.actor(batch.obs)
-        q = self.first_critic(batch.obs, action).squeeze(1)
-        loss = td3_bc_loss(q, action, batch.action, self.alpha)
-        self.actor_optimizer.minimise(loss)
+        acting = Pass(self.actor, batch.obs)
+        action = self.actor.distribution(acting.output)
+        judged = Pass(self.first_critic, batch.obs, action)
+        q = judged.output[:, 0, :, 0]
+        loss, to_q = td3_bc_loss(q, action, batch.action, self.alpha), -q_scale(q, self.alpha) / q.shape[1]
+        to_action = 2 * (action - batch.action) / action[0].numel()
+        to_action += judged.beside(to_q.view(-1, 1, 1, 1).expand_as(judged.output))
+        self.actor_optimizer.apply(acting.parameters(self.actor.to_outputs(to_action, acting.output)))
         ema_(self.target_critic, self.critic, self.target_rate)
         ema_(self.target_actor, self.actor, self.target_rate)
-        return {"loss/policy": loss.detach(), "value/policy": q.detach().mean(-1)}
+        return {"loss/policy": loss, "value/policy": q.mean(-1)}
 
 
 def _first(critic: QEnsemble, one: QEnsemble) -> QEnsemble:
-    """`one`, of a single member, as a view of the first member of `critic`; it has no gradients of its own."""
+    """`one`, of a single member, as a view of the first member of `critic`."""
     one.encoder = critic.encoder
     for mine, theirs in zip(one.mlp.parameters(), critic.mlp.parameters(), strict=True):
         mine.requires_grad_(False).data = theirs.data[:, :1]

@@ -183,8 +183,9 @@ class Replay:
         self._steps, self._copies, self._frames = steps, copies, frames
         self._n_step, self._gamma, self._hindsight = n_step, gamma, hindsight
         self._rows = data["obs"].shape[1]
-        self._flat = {name: tensor.flatten(0, 1) for name, tensor in data.items()}
         here = data["obs"].device.type == "cpu"  # where numpy takes and puts a few rows in a third of torch's time
+        flat = {name: tensor.flatten(0, 1) for name, tensor in data.items()}
+        self._flat: dict[str, Any] = {name: tensor.numpy() for name, tensor in flat.items()} if here else flat
         self._arrays = {name: tensor.numpy() for name, tensor in data.items()} if here else {}
         self._base = torch.arange(seeds, device=streams.device)[:, None] * (0 if self._fixed else self._rows)
         self._alpha = priority
@@ -415,13 +416,11 @@ class Replay:
         """Fields of the rows `index` (S, ...)."""
         if not self._fixed:
             index = index + self._base.view(-1, *[1] * (index.dim() - 1))
-        rows, flat = index.reshape(-1), [self._flat[name] for name in names]
+        flat = [self._flat[name] for name in names]
         if self._arrays:
-            here = rows.numpy()
-            taken = [torch.from_numpy(field.numpy().take(here, 0)) for field in flat]
-        else:
-            taken = [field.index_select(0, rows) for field in flat]
-        return [field.view(*index.shape, *field.shape[1:]) for field in taken]
+            rows = index.numpy()
+            return [torch.from_numpy(field.take(rows, 0)) for field in flat]
+        return [field.index_select(0, index.reshape(-1)).view(*index.shape, *field.shape[1:]) for field in flat]
 
     def _observed(self, index: Tensor) -> Tensor:
         if self._frames == 1:

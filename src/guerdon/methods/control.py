@@ -33,8 +33,10 @@ def td_target(batch: Batch, next_value: torch.Tensor, gamma: float) -> torch.Ten
     Args:
         next_value: (S, B) V(s').
     """
-    discount = gamma if batch.steps is None else gamma**batch.steps
-    return torch.addcmul(batch.reward, discount * ~batch.terminated, next_value)
+    following = next_value.masked_fill(batch.terminated, 0)
+    if batch.steps is None:
+        return torch.add(batch.reward, following, alpha=gamma)
+    return torch.addcmul(batch.reward, gamma**batch.steps, following)
 
 
 def no_grad(update: Callable[..., Metrics]) -> Callable[..., Metrics]:

@@ -67,7 +67,9 @@ class Network(nn.Module):
 
 
 class Pass:
-    """One pass through a network without a graph, and the gradients that belong to it, for losses with a closed form.
+    """One pass through a network, and the gradients that belong to it, for losses with a closed form.
+
+    All of it under `torch.no_grad`: there is no graph.
 
     The numbers are those of autograd, whose bookkeeping costs as much as the products in small networks. What is not
     fully connected layers alone (images, layer normalisation, dueling) goes through autograd.
@@ -81,6 +83,7 @@ class Pass:
     """
 
     def __init__(self, network: Network, obs: Tensor, *beside: Tensor) -> None:
+        assert not torch.is_grad_enabled()
         self._network, self._width = network, sum(x.shape[-1] for x in beside)
         if not network.plain:
             with torch.enable_grad():
@@ -92,8 +95,7 @@ class Pass:
         self._members = mlp.members
         if self._members is not None:
             x = for_members(x, self._members).flatten(0, 1)
-        with torch.no_grad():
-            y = forward(self, x, mlp.plan, *mlp.in_order).float()  # type: ignore[arg-type]
+        y = forward(self, x, mlp.plan, *mlp.in_order).float()  # type: ignore[arg-type]
         self.output = y if self._members is None else y.unflatten(0, (-1, self._members))
 
     def parameters(self, gradient: Tensor) -> tuple[Tensor, ...]:
@@ -115,7 +117,6 @@ class Pass:
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
 
-    @torch.no_grad()
     def _backward(self, gradient: Tensor, to_inputs: bool) -> tuple[Any, ...]:
         self.needs_input_grad = (to_inputs, False, *[not to_inputs] * len(self._network.mlp.in_order))
         return backward(self, gradient if self._members is None else gradient.flatten(0, 1))

@@ -159,9 +159,8 @@ class _Layers(torch.autograd.Function):
         result: list[Tensor | None] = [None] * len(wanted)
         if ctx.tape is not None:
             found, to_x = _kernels().backward(gradient, ctx.tape, learns, wanted[0])
-            if learns and plan.members:
-                found = [f.view_as(p) for f, p in zip(found, parameters, strict=True)]
-            result[2:] = found if learns else result[2:]
+            if learns:
+                result[2:] = [f.view_as(p) for f, p in zip(found, parameters, strict=True)] if plan.members else found
             result[0] = to_x if to_x is None else to_x.to(x.dtype)
             return tuple(result)
         for i in reversed(range(len(plan.sizes))):

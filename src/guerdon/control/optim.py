@@ -39,7 +39,7 @@ class Adam:
         max_grad_norm: float = 0.0,
     ) -> None:
         self.parameters = list(parameters)
-        self._moved = [p.detach() for p in self.parameters]
+        self._moved = [p.detach() for p in self.parameters]  # the same memory, as the fused step takes it
         self.betas, self.eps, self.weight_decay, self.max_grad_norm = betas, eps, weight_decay, max_grad_norm
         device = self.parameters[0].device
         self.steps = torch.zeros((), device=device)

@@ -36,7 +36,10 @@ def imitation_loss(output: torch.Tensor | Gaussian | Categorical, action: torch.
 def imitation_slopes(
     output: torch.Tensor | Gaussian | Categorical, action: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Derivatives of `imitation_loss` by actions, means or logits, and by log_std where there is one: (S, B, A)."""
+    """Derivatives of `imitation_loss` by actions, means or logits, and by log_std where there is one: (S, B, A).
+
+    Gaussians are those of an `imitator`, without squashing.
+    """
     from guerdon.control.networks import Categorical
 
     if isinstance(output, torch.Tensor):

@@ -8,25 +8,25 @@ its columns of the right matrix go by (Goto and van de Geijn 2008, ACM TOMS 34(3
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
+from threading import Event, Lock, Thread
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from llvmlite import binding, ir
-from numba import extending, float32, int64, intp, njit, void
+from numba import carray, extending, float32, int64, intp, njit, types, void
 from numba.core import cgutils
 from torch import Tensor
 
 _LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8  # of a vector
 _ROWS, _WIDTH = 8, 2 * _LANES  # of a block, whose sums fill half of the registers
-_SIZE = 4  # bytes of a number
-_SHARED_FROM = 2**26  # multiplications that are worth waking other threads for
-threads = 1  # in which different networks may be computed
+_NEAR = 2**17  # bytes that are read where they are, whatever their order
+_FEW = 4  # columns: rather a dot product for each number than blocks that are mostly cut away
+_SIZE, _LINE = 4, 16  # bytes of a number, numbers in a line of the cache
+_THERE, _BACK = 0, 1  # the ways of a job
 _FLOAT, _LANE, _ADDRESS = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, _LANES)
 _intrinsic: Any = extending.intrinsic  # what it returns is called without its first argument
@@ -37,16 +37,17 @@ _compiled: Any = partial(
 
 
 class Tape(NamedTuple):
-    """What the way back needs of the way there; addresses are good as long as the tensors live."""
+    """What the way back needs of the way there."""
 
     x: Tensor
-    outputs: np.ndarray  # of all layers, (N, B, O) one after the other
+    outputs: Tensor  # of all layers, (N, B, O) one after the other
     widths: list[int]  # inputs of the first layer, outputs of every layer
-    addresses: np.ndarray  # of every weight and bias: where it begins, and bytes from network to network
-    slopes: np.ndarray  # of every layer below 0
+    parameters: Sequence[Tensor]
+    slopes: Tensor  # of every layer below 0
+    job: list[int]  # where all of them lie, for `_forward`
 
 
-def forward(x: Tensor, parameters: Sequence[Tensor], slopes: np.ndarray) -> tuple[Tensor, Tape]:
+def forward(x: Tensor, parameters: Sequence[Tensor], slopes: Tensor) -> tuple[Tensor, Tape]:
     """Through all layers y <- f(y W^T + b), with f(u) = u where u is positive and slope times u elsewhere.
 
     Args:
@@ -59,57 +60,76 @@ def forward(x: Tensor, parameters: Sequence[Tensor], slopes: np.ndarray) -> tupl
     """
     n, rows, inputs = x.shape
     widths = [inputs, *(bias.shape[1] for bias in parameters[1::2])]
-    outputs = np.empty(n * rows * (sum(widths) - inputs), np.float32)
-    addresses = np.array([number for p in parameters for number in (p.data_ptr(), _SIZE * p.stride(0))]).reshape(-1, 2)
-    strides = (_SIZE * step for step in x.stride())
-    _share(_forward, n, rows, np.array(widths), x.data_ptr(), *strides, addresses, slopes, outputs)
-    result = torch.from_numpy(outputs[-n * rows * widths[-1] :]).view(n, rows, -1)
-    return result, Tape(x, outputs, widths, addresses, slopes)
+    outputs = x.new_empty(n * rows * (sum(widths) - inputs))
+    job = [n, rows, len(slopes), x.data_ptr(), *(_SIZE * step for step in x.stride())]
+    job += [outputs.data_ptr(), slopes.data_ptr(), *widths]
+    job += [number for p in parameters for number in (p.data_ptr(), _SIZE * p.stride(0))]
+    _compute(np.array([_THERE, *job]), n)
+    last = widths[-1]
+    result = outputs.as_strided((n, rows, last), (rows * last, last, 1), len(outputs) - n * rows * last)
+    return result, Tape(x, outputs, widths, parameters, slopes, job)
 
 
 def backward(gradient: Tensor, tape: Tape, learns: bool, to_x: bool) -> tuple[list[Tensor], Tensor | None]:
     """Gradients of the parameters (none unless `learns`) and, with `to_x`, of x, from that of the output (N, B, O)."""
-    x, widths = tape.x, tape.widths
+    x, gradient = tape.x, gradient.contiguous()
     n, rows, inputs = x.shape
-    shapes = [shape for i, o in pairwise(widths) for shape in ((n, o, i), (n, o))] if learns else []
+    shapes = [shape for i, o in pairwise(tape.widths) for shape in ((n, o, i), (n, o))] if learns else []
     found = [x.new_empty(shape) for shape in shapes]
     result = x.new_empty(n, rows, inputs) if to_x else None
-    _share(
-        _backward,
-        n,
-        rows,
-        np.array(widths),
-        x.data_ptr(),
-        *(_SIZE * s for s in x.stride()),
-        tape.addresses,
-        tape.slopes,
-        tape.outputs,
-        gradient.contiguous().view(-1).numpy(),
-        np.array([t.data_ptr() for t in found], np.int64),
-        0 if result is None else result.data_ptr(),
-    )
+    wanted = [0 if result is None else result.data_ptr(), *(t.data_ptr() for t in found)]
+    _compute(np.array([_BACK, *tape.job, gradient.data_ptr(), *wanted]), n)
     return found, result
 
 
-def _share(compute: Callable[..., None], n: int, rows: int, widths: np.ndarray, *arguments: Any) -> None:
-    """`compute` all n networks, in several threads where these may be used and there is enough to do for them."""
-    parts = min(n, threads)
-    if parts == 1 or n * rows * int(widths[1:] @ widths[:-1]) < _SHARED_FROM:
-        compute(0, n, n, rows, widths, *arguments)
-        return
-    bounds = [n * part // parts for part in range(parts + 1)]
-    others = [_pool().submit(compute, *some, n, rows, widths, *arguments) for some in pairwise(bounds[1:])]
-    compute(0, bounds[1], n, rows, widths, *arguments)
-    for other in others:
-        other.result()
+class Team:
+    """Threads that take networks off the hands of whoever calls `forward` or `backward`.
+
+    They wait for work in a compiled loop, since waking a thread takes as long as a small network; when there has been
+    none for a while, they sleep. No call waits for one that has not begun: it does what nobody has taken.
+    """
+
+    def __init__(self, helpers: int) -> None:
+        self.box = np.zeros(_BOX, np.int64)
+        self._free, self._closed = Lock(), False
+        self._bells = [Event() for _ in range(helpers)]
+        self._threads = [Thread(target=self._work, args=(bell,), daemon=True) for bell in self._bells]
+        for thread in self._threads:
+            thread.start()
+
+    def compute(self, job: np.ndarray) -> bool:
+        """Whether the job is done: it is not where these threads are busy with another caller's."""
+        if not self._free.acquire(blocking=False):
+            return False
+        try:
+            if self.box[_AWAKE] < len(self._bells):
+                for bell in self._bells:
+                    bell.set()
+            _lead(self.box, job)
+        finally:
+            self._free.release()
+        return True
+
+    def close(self) -> None:
+        self._closed = True
+        for bell, thread in zip(self._bells, self._threads, strict=True):
+            bell.set()
+            thread.join()
+
+    def _work(self, bell: Event) -> None:
+        while bell.wait():
+            bell.clear()
+            if self._closed:
+                return
+            _help(self.box)
 
 
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), "networks")
+team: Team | None = None  # who shares the networks of a call
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+def _compute(job: np.ndarray, n: int) -> None:
+    if n == 1 or team is None or not team.compute(job):
+        _alone(job)
 
 
 def _at(builder: Any, address: Any, kind: Any) -> Any:
@@ -120,8 +140,8 @@ def _block(rows: int, vectors: int) -> Any:
     """A function that computes a block of `rows` x (`vectors` * `_LANES`) of a product."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        """f(start + a b), the rows of b `_WIDTH` numbers apart; all but the slope of f are addresses and strides."""
-        a, a_row, a_column, b, inner, start, result, result_row, slope = args
+        """f(start + a b), the numbers of each row of b side by side; all but the slope of f are addresses and strides."""
+        a, a_row, a_column, b, b_row, inner, start, result, result_row, slope = args
 
         def places(address: Any) -> list[Any]:
             return [_at(builder, builder.add(address, _ADDRESS(_SIZE * _LANES * i)), _VECTOR) for i in range(vectors)]
@@ -136,7 +156,7 @@ def _block(rows: int, vectors: int) -> Any:
             for place, own in zip(places(start), row, strict=True):
                 builder.store(builder.load(place, align=_SIZE), own)
         with cgutils.for_range(builder, inner) as loop:
-            right = places(builder.add(b, builder.mul(loop.index, _ADDRESS(_SIZE * _WIDTH))))
+            right = places(builder.add(b, builder.mul(loop.index, b_row)))
             right = [builder.load(place, align=_SIZE) for place in right]
             column = builder.add(a, builder.mul(loop.index, a_column))
             for r, row in enumerate(sums):
@@ -154,8 +174,8 @@ def _block(rows: int, vectors: int) -> Any:
         return context.get_dummy_value()
 
     @_intrinsic
-    def block(typing, a, a_row, a_column, b, inner, start, result, result_row, slope):  # type: ignore[no-untyped-def]
-        return void(*[intp] * 8, float32), build
+    def block(typing, a, a_row, a_column, b, b_row, inner, start, result, result_row, slope):  # type: ignore[no-untyped-def]
+        return void(*[intp] * 9, float32), build
 
     return block
 
@@ -216,10 +236,59 @@ def _copy(typing, source, target):  # type: ignore[no-untyped-def]
     return void(intp, intp), build
 
 
+@_intrinsic
+def _pointer(typing, address):  # type: ignore[no-untyped-def]
+    return types.voidptr(intp), lambda context, builder, _, args: _at(builder, args[0], ir.IntType(8))
+
+
+@_intrinsic
+def _see(typing, address):  # type: ignore[no-untyped-def]
+    """The integer at an address, and after it whatever its writer wrote before it."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(_at(builder, args[0], _ADDRESS), "acquire", 8)
+
+    return int64(intp), build
+
+
+@_intrinsic
+def _set(typing, address, value):  # type: ignore[no-untyped-def]
+    """Write an integer for those who `_see` it."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store_atomic(args[1], _at(builder, args[0], _ADDRESS), "release", 8)
+        return context.get_dummy_value()
+
+    return void(intp, int64), build
+
+
+@_intrinsic
+def _add(typing, address, value):  # type: ignore[no-untyped-def]
+    """Add to the integer at an address in one go; returns what it was."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", _at(builder, args[0], _ADDRESS), args[1], "seq_cst")
+
+    return int64(intp, int64), build
+
+
+@_compiled()
+def _numbers(address, size):  # type: ignore[no-untyped-def]
+    return carray(_pointer(address), size, np.float32)
+
+
+@_compiled()
+def _empty(size):  # type: ignore[no-untyped-def]
+    """So many numbers, from where a line of the cache begins: a vector in two of them takes twice as long."""
+    numbers = np.empty(size + _LINE, np.float32)
+    first = -(numbers.ctypes.data // _SIZE) % _LINE
+    return numbers[first : first + size]
+
+
 @_compiled()
 def _room(m, k):  # type: ignore[no-untyped-def]
     """Where `_product` keeps columns of b, of the bias, a block that is to be cut to size, and a in other order."""
-    return np.empty((k + 1 + _ROWS + k * (m // _WIDTH + 1)) * _WIDTH, np.float32)
+    return _empty((k + 1 + _ROWS + k * (m // _WIDTH + 1)) * _WIDTH)
 
 
 @_compiled()
@@ -242,8 +311,26 @@ def _pack(m, k, x, step, along, to):  # type: ignore[no-untyped-def]
 
 
 @_compiled()
+def _dots(m, k, o, a, a_row, b, b_column, bias, slope, result):  # type: ignore[no-untyped-def]
+    """`_product` where the numbers of a row of a lie side by side, and so do those of a column of b."""
+    for r in range(m):
+        x = _numbers(a + r * a_row, k)
+        for c in range(o):
+            y = _numbers(b + c * b_column, k)
+            u = float32(0)
+            for p in range(k):
+                u += x[p] * y[p]
+            if bias:
+                u += _get(bias + _SIZE * c)
+            _put(result + _SIZE * (r * o + c), u if u > 0 else u * slope)
+
+
+@_compiled()
 def _product(room, m, k, o, a, a_row, a_column, b, b_row, b_column, bias, slope, result):  # type: ignore[no-untyped-def]
     """f(a b + bias): a (m, k) times b (k, o), plus bias (o,) unless its address is 0; the result is contiguous."""
+    if o <= _FEW and a_column == _SIZE and b_row == _SIZE:
+        _dots(m, k, o, a, a_row, b, b_column, bias, slope, result)
+        return
     line = _SIZE * _WIDTH
     panel = room.ctypes.data
     start = panel + line * k
@@ -253,13 +340,16 @@ def _product(room, m, k, o, a, a_row, a_column, b, b_row, b_column, bias, slope,
     if width < _WIDTH:
         room[: (k + 1) * _WIDTH] = 0
     slab, slab_row, slab_column = _WIDTH * a_row, a_row, a_column
-    if a_row == _SIZE and a_column != _SIZE:  # its rows are apart: they are brought together once
+    if a_row == _SIZE and a_column * k > _NEAR:  # its rows are far apart: they are brought together once
         for top in range(0, m, _WIDTH):
             _pack(min(_WIDTH, m - top), k, a + top * a_row, a_row, a_column, slabs + line * k * (top // _WIDTH))
         a, slab, slab_row, slab_column = slabs, line * k, _SIZE, line
     for at in range(0, o, _WIDTH):
         j = min(at, o - width)  # the last columns may have been computed before, and so may rows
-        _pack(width, k, b + j * b_column, b_column, b_row, panel)
+        right, right_row = b + j * b_column, b_row
+        if width < _WIDTH or b_column != _SIZE or b_row * k > _NEAR:
+            _pack(width, k, right, b_column, b_row, panel)
+            right, right_row = panel, line
         for c in range(width):
             _put(start + _SIZE * c, _get(bias + _SIZE * (j + c)) if bias else float32(0))
         for top in range(0, m, _WIDTH):
@@ -271,31 +361,32 @@ def _product(room, m, k, o, a, a_row, a_column, b, b_row, b_column, bias, slope,
                 to, step = (place, _SIZE * o) if width == _WIDTH else (cut, line)
                 row = a + top // _WIDTH * slab + i * slab_row
                 if rows == _ROWS and width <= _LANES:
-                    _slim(row, slab_row, slab_column, panel, k, start, to, step, slope)
+                    _slim(row, slab_row, slab_column, right, right_row, k, start, to, step, slope)
                 elif rows == _ROWS:
-                    _tall(row, slab_row, slab_column, panel, k, start, to, step, slope)
+                    _tall(row, slab_row, slab_column, right, right_row, k, start, to, step, slope)
                 elif rows > 1:
-                    _low(row, slab_row, slab_column, panel, k, start, to, step, slope)
+                    _low(row, slab_row, slab_column, right, right_row, k, start, to, step, slope)
                 else:
-                    _line(row, slab_row, slab_column, panel, k, start, to, step, slope)
+                    _line(row, slab_row, slab_column, right, right_row, k, start, to, step, slope)
                 if width < _WIDTH:
                     for r in range(rows):
                         for c in range(width):
                             _put(place + _SIZE * (r * o + c), _get(cut + line * r + _SIZE * c))
 
 
-@_compiled(void(*[intp] * 4, int64[::1], *[intp] * 4, int64[:, ::1], float32[::1], float32[::1]))
-def _forward(begin, end, n, rows, widths, x, x_each, x_row, x_column, parameters, slopes, outputs):  # type: ignore[no-untyped-def]
+@_compiled()
+def _forward(job, each):  # type: ignore[no-untyped-def]
+    n, rows, layers, seen, row, column, to = job[1], job[2], job[3], job[4], job[6], job[7], job[8]
+    slopes, widths, parameters = _numbers(job[9], layers), job[10 : 11 + layers], job[11 + layers :]
+    seen += each * job[5]
     room = _room(rows, max(widths))
-    for each in range(begin, end):
-        seen, row, column, to = x + each * x_each, x_row, x_column, outputs.ctypes.data
-        for layer in range(len(slopes)):
-            i, o = widths[layer], widths[layer + 1]
-            weight, weight_each = parameters[2 * layer]
-            bias, bias_each = parameters[2 * layer + 1]
-            weight, bias, here = weight + each * weight_each, bias + each * bias_each, to + _SIZE * each * rows * o
-            _product(room, rows, i, o, seen, row, column, weight, _SIZE, _SIZE * i, bias, slopes[layer], here)
-            seen, row, column, to = here, _SIZE * o, _SIZE, to + _SIZE * n * rows * o
+    for layer in range(layers):
+        i, o = widths[layer], widths[layer + 1]
+        weight = parameters[4 * layer] + each * parameters[4 * layer + 1]
+        bias = parameters[4 * layer + 2] + each * parameters[4 * layer + 3]
+        here = to + _SIZE * each * rows * o
+        _product(room, rows, i, o, seen, row, column, weight, _SIZE, _SIZE * i, bias, slopes[layer], here)
+        seen, row, column, to = here, _SIZE * o, _SIZE, to + _SIZE * n * rows * o
 
 
 @_compiled()
@@ -309,46 +400,109 @@ def _through_activation(gradient, y, slope, total):  # type: ignore[no-untyped-d
             total[c] += g
 
 
-@_compiled(
-    void(
-        *[intp] * 4, int64[::1], *[intp] * 4, int64[:, ::1], float32[::1], float32[::1], float32[::1], int64[::1], intp
-    )
-)
-def _backward(  # type: ignore[no-untyped-def]
-    begin, end, n, rows, widths, x, x_each, x_row, x_column, parameters, slopes, outputs, gradient, found, to_x
-):
-    layers, most = len(slopes), max(widths)
+@_compiled()
+def _backward(job, each):  # type: ignore[no-untyped-def]
+    n, rows, layers, row, column, at = job[1], job[2], job[3], job[6], job[7], job[8]
+    slopes, widths, rest = _numbers(job[9], layers), job[10 : 11 + layers], job[11 + layers :]
+    parameters, gradient, to_x, found = rest[: 4 * layers], rest[4 * layers], rest[4 * layers + 1], rest[4 * layers + 2 :]
+    most = max(widths)
     room = _room(max(most, rows), max(most, rows))
-    here, there = np.empty(rows * most, np.float32), np.empty(rows * most, np.float32)  # gradients by what a layer says
-    flipped = np.empty(_WIDTH * most, np.float32)
-    total = np.empty(most, np.float32)
-    for each in range(begin, end):
-        o, at = widths[layers], len(outputs)
-        here[: rows * o] = gradient[each * rows * o : (each + 1) * rows * o]
-        for layer in range(layers - 1, -1, -1):
-            i, o = widths[layer], widths[layer + 1]
-            at -= n * rows * o  # where the outputs of this layer begin
-            y = outputs[at + each * rows * o : at + (each + 1) * rows * o].reshape(rows, o)
-            _through_activation(here[: rows * o].reshape(rows, o), y, slopes[layer], total[:o])
-            if layer:
-                seen = outputs[at + (each - n) * rows * i :].ctypes.data
-                row, column = _SIZE * i, _SIZE
+    here, there = _empty(rows * most), _empty(rows * most)  # gradients by what a layer says
+    flipped = _empty(_WIDTH * most)
+    total = _empty(most)
+    o = widths[layers]
+    here[: rows * o] = _numbers(gradient + _SIZE * each * rows * o, rows * o)
+    for layer in range(layers):
+        at += _SIZE * n * rows * widths[layer + 1]
+    for layer in range(layers - 1, -1, -1):
+        i, o = widths[layer], widths[layer + 1]
+        at -= _SIZE * n * rows * o  # where the outputs of this layer begin
+        y = _numbers(at + _SIZE * each * rows * o, rows * o).reshape(rows, o)
+        _through_activation(here[: rows * o].reshape(rows, o), y, slopes[layer], total[:o])
+        if layer:
+            seen, row, column = at + _SIZE * (each - n) * rows * i, _SIZE * i, _SIZE
+        else:
+            seen, row, column = job[4] + each * job[5], job[6], job[7]
+        g, one = here.ctypes.data, float32(1)
+        if len(found):
+            weight, bias = found[2 * layer] + _SIZE * each * o * i, found[2 * layer + 1] + _SIZE * each * o
+            if i < _WIDTH <= o:  # a block would be wider than the product: rather its transpose
+                _product(room, i, rows, o, seen, column, row, g, _SIZE * o, _SIZE, 0, one, flipped.ctypes.data)
+                for r in range(o):
+                    for c in range(i):
+                        _put(weight + _SIZE * (r * i + c), flipped[c * o + r])
             else:
-                seen, row, column = x + each * x_each, x_row, x_column
-            g, one = here.ctypes.data, float32(1)
-            if len(found):
-                weight, bias = found[2 * layer] + _SIZE * each * o * i, found[2 * layer + 1] + _SIZE * each * o
-                if i < _WIDTH <= o:  # a block would be wider than the product: rather its transpose
-                    _product(room, i, rows, o, seen, column, row, g, _SIZE * o, _SIZE, 0, one, flipped.ctypes.data)
-                    for r in range(o):
-                        for c in range(i):
-                            _put(weight + _SIZE * (r * i + c), flipped[c * o + r])
-                else:
-                    _product(room, o, rows, i, g, _SIZE, _SIZE * o, seen, row, column, 0, one, weight)
-                for c in range(o):
-                    _put(bias + _SIZE * c, total[c])
-            if layer or to_x:
-                weight = parameters[2 * layer, 0] + each * parameters[2 * layer, 1]
-                to = there.ctypes.data if layer else to_x + _SIZE * each * rows * i
-                _product(room, rows, o, i, g, _SIZE * o, _SIZE, weight, _SIZE * i, _SIZE, 0, one, to)
-                here, there = there, here
+                _product(room, o, rows, i, g, _SIZE, _SIZE * o, seen, row, column, 0, one, weight)
+            for c in range(o):
+                _put(bias + _SIZE * c, total[c])
+        if layer or to_x:
+            weight = parameters[4 * layer] + each * parameters[4 * layer + 1]
+            to = there.ctypes.data if layer else to_x + _SIZE * each * rows * i
+            _product(room, rows, o, i, g, _SIZE * o, _SIZE, weight, _SIZE * i, _SIZE, 0, one, to)
+            here, there = there, here
+
+
+@_compiled(void(int64[::1], intp))
+def _network(job, each):  # type: ignore[no-untyped-def]
+    if job[0] == _THERE:
+        _forward(job, each)
+    else:
+        _backward(job, each)
+
+
+@_compiled(void(int64[::1]))
+def _alone(job):  # type: ignore[no-untyped-def]
+    for each in range(job[1]):
+        _network(job, each)
+
+
+# What threads tell one another: how many networks a job has, and how many of them were taken from its end and from its
+# beginning (in one number, so that nobody sees one without the others); the job; and how many the others are done with.
+_WORD, _JOB, _LENGTH, _DONE, _AWAKE, _BOX = 0, 8, 9, 16, 24, 32
+_BITS = 20
+_PATIENCE = 2**24  # looks for work, some milliseconds, before a thread goes to sleep
+
+
+@_compiled()
+def _take(box, step):  # type: ignore[no-untyped-def]
+    """The number of a network that nobody has taken, the first or the last of them, or -1."""
+    word = _add(box, step)
+    n, last, first = word >> 2 * _BITS, (word >> _BITS) & (2**_BITS - 1), word & (2**_BITS - 1)
+    if first + last >= n:
+        return -1
+    return first if step == 1 else n - 1 - last
+
+
+@_compiled(void(int64[::1], int64[::1]))
+def _lead(box, job):  # type: ignore[no-untyped-def]
+    """Compute all networks of a job with those who are awake: here from the first on, there from the last on."""
+    word, done = box.ctypes.data, box.ctypes.data + 8 * _DONE
+    box[_JOB], box[_LENGTH] = job.ctypes.data, len(job)
+    _set(done, 0)
+    _set(word, job[1] << 2 * _BITS)
+    own = 0
+    each = _take(word, 1)
+    while each >= 0:
+        _network(job, each)
+        own += 1
+        each = _take(word, 1)
+    while _see(done) + own < job[1]:
+        pass
+
+
+@_compiled(void(int64[::1]))
+def _help(box):  # type: ignore[no-untyped-def]
+    """Take networks of whatever job is in the box, until none has been for a while."""
+    word, done, awake = box.ctypes.data, box.ctypes.data + 8 * _DONE, box.ctypes.data + 8 * _AWAKE
+    _add(awake, 1)
+    looks = 0
+    while looks < _PATIENCE:
+        seen = _see(word)
+        if ((seen >> _BITS) & (2**_BITS - 1)) + (seen & (2**_BITS - 1)) < seen >> 2 * _BITS:
+            each = _take(word, 1 << _BITS)
+            if each >= 0:
+                _network(carray(_pointer(box[_JOB]), box[_LENGTH], np.int64), each)
+                _add(done, 1)
+                looks = 0
+        looks += 1
+    _add(awake, -1)

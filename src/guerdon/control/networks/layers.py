@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,7 +65,7 @@ class _Plan(NamedTuple):
     hidden: int  # their number; one more layer is a head
     members: bool  # whether parameters have an axis of members
     sizes: tuple[int, ...]  # inputs x outputs of every layer
-    slopes: np.ndarray | None  # of every layer below 0, where that is all there is to its activation
+    slopes: Tensor | None  # of every layer below 0, where that is all there is to its activation
 
 
 @cache
@@ -98,14 +97,15 @@ def one_thread_each(threads: int) -> Iterator[None]:
     """
     before, kernels = torch.get_num_threads(), _kernels()
     torch.set_num_threads(1)
-    if kernels is not None:
-        kernels.threads = threads
+    if kernels is not None and threads > 1:
+        kernels.team = kernels.Team(threads - 1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        if kernels is not None:
-            kernels.threads = 1
+        if kernels is not None and kernels.team is not None:
+            kernels.team.close()
+            kernels.team = None
 
 
 class _Layers(torch.autograd.Function):
@@ -333,7 +333,7 @@ class MLP(nn.Module):
             len(hidden),
             members is not None,
             tuple(i * o for i, o in pairwise([*sizes, *([] if outputs is None else [outputs])])),
-            np.array([_SLOPES[activation]] * len(hidden) + [1.0] * (outputs is not None), np.float32)
+            torch.tensor([_SLOPES[activation]] * len(hidden) + [1.0] * (outputs is not None))
             if activation in _SLOPES
             else None,
         )

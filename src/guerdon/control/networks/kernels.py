@@ -8,9 +8,9 @@ its columns of the right matrix go by (Goto and van de Geijn 2008, ACM TOMS 34(3
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from threading import Event, Lock, Thread
 from typing import Any, NamedTuple
 
@@ -41,7 +41,6 @@ class Tape(NamedTuple):
 
     x: Tensor
     outputs: Tensor  # of all layers, (N, B, O) one after the other
-    widths: list[int]  # inputs of the first layer, outputs of every layer
     parameters: Sequence[Tensor]
     slopes: Tensor  # of every layer below 0
     job: list[int]  # where all of them lie, for `_forward`
@@ -52,30 +51,31 @@ def forward(x: Tensor, parameters: Sequence[Tensor], slopes: Tensor) -> tuple[Te
 
     Args:
         x: (N, B, I).
-        parameters: weights (N, O, I) and biases (N, O) of one layer after the other, each contiguous but for N.
+        parameters: weights (..., O, I) and biases (..., O) of one layer after the other, with N leading entries in all,
+            one as far from the next as the next from its next.
         slopes: of every layer: 0 is ReLU, 1 is no activation.
 
     Returns:
         (N, B, O), and what `backward` needs.
     """
     n, rows, inputs = x.shape
-    widths = [inputs, *(bias.shape[1] for bias in parameters[1::2])]
+    widths = [inputs, *(bias.shape[-1] for bias in parameters[1::2])]
     outputs = x.new_empty(n * rows * (sum(widths) - inputs))
     job = [n, rows, len(slopes), x.data_ptr(), *(_SIZE * step for step in x.stride())]
     job += [outputs.data_ptr(), slopes.data_ptr(), *widths]
-    job += [number for p in parameters for number in (p.data_ptr(), _SIZE * p.stride(0))]
+    for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
+        job += [weight.data_ptr(), _SIZE * weight.stride(-3), bias.data_ptr(), _SIZE * bias.stride(-2)]
     _compute(np.array([_THERE, *job]), n)
     last = widths[-1]
     result = outputs.as_strided((n, rows, last), (rows * last, last, 1), len(outputs) - n * rows * last)
-    return result, Tape(x, outputs, widths, parameters, slopes, job)
+    return result, Tape(x, outputs, parameters, slopes, job)
 
 
 def backward(gradient: Tensor, tape: Tape, learns: bool, to_x: bool) -> tuple[list[Tensor], Tensor | None]:
     """Gradients of the parameters (none unless `learns`) and, with `to_x`, of x, from that of the output (N, B, O)."""
     x, gradient = tape.x, gradient.contiguous()
     n, rows, inputs = x.shape
-    shapes = [shape for i, o in pairwise(tape.widths) for shape in ((n, o, i), (n, o))] if learns else []
-    found = [x.new_empty(shape) for shape in shapes]
+    found = [p.new_empty(p.shape) for p in tape.parameters] if learns else []
     result = x.new_empty(n, rows, inputs) if to_x else None
     wanted = [0 if result is None else result.data_ptr(), *(t.data_ptr() for t in found)]
     _compute(np.array([_BACK, *tape.job, gradient.data_ptr(), *wanted]), n)
@@ -272,6 +272,18 @@ def _add(typing, address, value):  # type: ignore[no-untyped-def]
     return int64(intp, int64), build
 
 
+@_intrinsic
+def _wait(typing):  # type: ignore[no-untyped-def]
+    """Let others have the core, where the system can be told so."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if hasattr(os, "sched_yield"):
+            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(_LANE, ()), "sched_yield"), ())
+        return context.get_dummy_value()
+
+    return void(), build
+
+
 @_compiled()
 def _numbers(address, size):  # type: ignore[no-untyped-def]
     return carray(_pointer(address), size, np.float32)
@@ -460,7 +472,8 @@ def _alone(job):  # type: ignore[no-untyped-def]
 # beginning (in one number, so that nobody sees one without the others); the job; and how many the others are done with.
 _WORD, _JOB, _LENGTH, _DONE, _AWAKE, _BOX = 0, 8, 9, 16, 24, 32
 _BITS = 20
-_PATIENCE = 2**24  # looks for work, some milliseconds, before a thread goes to sleep
+_LOOKS = 2**8  # for work before a thread lets others have its core
+_PATIENCE = 2**22  # looks for work, some milliseconds, before a thread goes to sleep
 
 
 @_compiled()
@@ -486,8 +499,11 @@ def _lead(box, job):  # type: ignore[no-untyped-def]
         _network(job, each)
         own += 1
         each = _take(word, 1)
+    looks = 0
     while _see(done) + own < job[1]:
-        pass
+        looks += 1
+        if looks % _LOOKS == 0:
+            _wait()
 
 
 @_compiled(void(int64[::1]))
@@ -505,4 +521,6 @@ def _help(box):  # type: ignore[no-untyped-def]
                 _add(done, 1)
                 looks = 0
         looks += 1
+        if looks % _LOOKS == 0:
+            _wait()
     _add(awake, -1)

@@ -124,8 +124,7 @@ class _Layers(torch.autograd.Function):
         cast = dtype != torch.float32
         ctx.plan, ctx.dtype, ctx.tape = plan, dtype, None
         if not cast and _compiled(plan, x, parameters):
-            flat = [p.flatten(0, 1) for p in parameters] if plan.members else parameters
-            y, ctx.tape = _kernels().forward(x.float(), flat, plan.slopes)
+            y, ctx.tape = _kernels().forward(x.float(), parameters, plan.slopes)
             ctx.save_for_backward(x, *parameters, None)
             return y
         rows = 0 if cast or not x.is_cpu else x.shape[1]
@@ -159,10 +158,7 @@ class _Layers(torch.autograd.Function):
         result: list[Tensor | None] = [None] * len(wanted)
         if ctx.tape is not None:
             found, to_x = _kernels().backward(gradient, ctx.tape, learns, wanted[0])
-            if learns:
-                result[2:] = [f.view_as(p) for f, p in zip(found, parameters, strict=True)] if plan.members else found
-            result[0] = to_x if to_x is None else to_x.to(x.dtype)
-            return tuple(result)
+            return (None if to_x is None else to_x.to(x.dtype), None, *(found or [None] * len(parameters)))
         for i in reversed(range(len(plan.sizes))):
             seen = ctx.seen[i]
             if i < plan.hidden:

@@ -93,6 +93,8 @@ class Replay:
         ConfigError: options that exclude each other.
     """
 
+    _records: np.ndarray | None = None  # (S, rows), all fields of a row together
+
     def __init__(
         self,
         capacity: int,
@@ -112,31 +114,35 @@ class Replay:
         # Beside those that may be drawn, a ring of images holds the newest next one and what the oldest stack with.
         rows = (steps + frames if spec.image else steps) * copies
 
-        def empty(kind: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros(seeds, rows, *shape, dtype=kind, device=streams.device)
-
-        data = {
-            "obs": empty(torch.uint8 if spec.image else torch.float32, *shape),
-            "action": empty(torch.int64) if spec.discrete else empty(torch.float32, spec.actions),
-            "reward": empty(torch.float32),
-            "terminated": empty(torch.bool),
-            "truncated": empty(torch.bool),
-            "age": empty(torch.int64),
-            "end": empty(torch.int64),
+        fields: dict[str, tuple[Any, ...]] = {
+            "obs": (np.uint8 if spec.image else np.float32, *shape),
+            "action": (np.int64,) if spec.discrete else (np.float32, spec.actions),
+            "reward": (np.float32,),
+            "terminated": (np.bool_,),
+            "truncated": (np.bool_,),
+            "age": (np.int64,),
+            "end": (np.int64,),
         }
         if spec.image:
-            data["final"] = empty(torch.int64) - 1  # place in `_finals` where an episode ended
+            fields["final"] = (np.int64,)  # place in `_finals` where an episode ended
             self._finals = torch.zeros(0, *shape, dtype=torch.uint8, device=streams.device)
             self._free: list[int] = []
         else:
-            data["next_obs"] = empty(torch.float32, *shape)
+            fields["next_obs"] = (np.float32, *shape)
+        if spec.image or streams.device.type != "cpu":
+            arrays = {name: np.zeros((seeds, rows, *each), kind) for name, (kind, *each) in fields.items()}
+            data = {name: torch.from_numpy(array).to(streams.device) for name, array in arrays.items()}
+            if spec.image:
+                data["final"].fill_(-1)
+        else:
+            data = self._side_by_side(fields, seeds, rows)
         self._fixed, self._time = False, 0  # whether the rows are one logged set for all; steps ever added
         self._age = np.zeros((seeds, copies), np.int64)  # of the episodes in progress
         self._begin(data, streams, seeds, steps, copies, frames, **drawing)
 
     @classmethod
     def of(cls, transitions: Transitions, seeds: int, streams: Streams, **drawing: Unpack[Drawing]) -> Replay:
-        """Logged transitions, held once for all seeds (not copied where they can be used in place); see `Replay`.
+        """Logged transitions, held once for all seeds (images not copied where they can be used in place); see `Replay`.
 
         Each seed draws in its own order. Nothing can be added.
         """
@@ -158,10 +164,21 @@ class Replay:
             replay._finals = torch.as_tensor(following.finals, device=device)
         else:
             arrays["next_obs"] = following
-        data = {name: torch.as_tensor(array, device=device)[None] for name, array in arrays.items()}
+        if isinstance(following, Chained) or device.type != "cpu":
+            data = {name: torch.as_tensor(array, device=device)[None] for name, array in arrays.items()}
+        else:
+            data = replay._side_by_side({name: (a.dtype, *a.shape[1:]) for name, a in arrays.items()}, 1, len(ages))
+            for name, tensor in data.items():
+                tensor[0] = torch.from_numpy(arrays[name])
         replay._fixed, replay._time = True, len(transitions)
         replay._begin(data, streams, seeds, len(transitions), 1, 1, **drawing)
         return replay
+
+    def _side_by_side(self, fields: Mapping[str, tuple[Any, ...]], seeds: int, rows: int) -> dict[str, Tensor]:
+        """The fields of a row in one piece of memory, since batches wait for memory: a row more or less at once."""
+        kind = np.dtype([(name, kind, tuple(shape)) for name, (kind, *shape) in fields.items()], align=True)
+        self._records = np.zeros((seeds, rows), kind)
+        return {name: torch.from_numpy(self._records[name]) for name in fields}
 
     def _begin(
         self,
@@ -183,10 +200,7 @@ class Replay:
         self._steps, self._copies, self._frames = steps, copies, frames
         self._n_step, self._gamma, self._hindsight = n_step, gamma, hindsight
         self._rows = data["obs"].shape[1]
-        here = data["obs"].device.type == "cpu"  # where numpy takes and puts a few rows in a third of torch's time
-        flat = {name: tensor.flatten(0, 1) for name, tensor in data.items()}
-        self._flat: dict[str, Any] = {name: tensor.numpy() for name, tensor in flat.items()} if here else flat
-        self._arrays = {name: tensor.numpy() for name, tensor in data.items()} if here else {}
+        self._arrays = {name: tensor.numpy() for name, tensor in data.items() if tensor.device.type == "cpu"}
         self._base = torch.arange(seeds, device=streams.device)[:, None] * (0 if self._fixed else self._rows)
         self._alpha = priority
         if priority is not None:
@@ -416,10 +430,10 @@ class Replay:
         """Fields of the rows `index` (S, ...)."""
         if not self._fixed:
             index = index + self._base.view(-1, *[1] * (index.dim() - 1))
-        flat = [self._flat[name] for name in names]
-        if self._arrays:
-            rows = index.numpy()
-            return [torch.from_numpy(field.take(rows, 0)) for field in flat]
+        if self._records is not None:
+            taken = self._records.take(index.numpy())
+            return [torch.from_numpy(taken[name]) for name in names]
+        flat = [self._data[name].flatten(0, 1) for name in names]
         return [field.index_select(0, index.reshape(-1)).view(*index.shape, *field.shape[1:]) for field in flat]
 
     def _observed(self, index: Tensor) -> Tensor:

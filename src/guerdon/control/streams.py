@@ -38,7 +38,7 @@ class Streams:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.seeds, self.device = list(seeds), device
+        self.seeds, self.device = list(seeds), torch.device(device)
         self._blocks: dict[str, _Block] = {}
         self._generators: dict[tuple[str, int], np.random.Generator] = {}
 
@@ -94,7 +94,7 @@ class Streams:
 class _Block:
     """The numbers of one stream that are drawn already, (S, size), and how many of them are used."""
 
-    def __init__(self, kind: str, generators: list[np.random.Generator], device: torch.device | str) -> None:
+    def __init__(self, kind: str, generators: list[np.random.Generator], device: torch.device) -> None:
         self.draw, self.generators, self.device = _DRAWS[kind], generators, device
         self.size = self.used = 0
         self.fill()

@@ -16,6 +16,7 @@ import re
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 MODEL = "smollm2-135m"
+OPEN = ExitStack()  # what a side keeps open for as long as its process lives
 PACKAGES: tuple[str, ...] = ("torch", "transformers", "trl", "accelerate", "numpy")
 
 TOLERANCE = 1e-4  # relative, of losses and gradient norms in fp32
@@ -375,6 +377,11 @@ def compare(
         "best_peer": min(ratios, key=lambda name: ratios[name][clock]["median"]),
         "bar": bar,
     }
+
+
+def thread_counts() -> list[int]:
+    """One, and as many as there are cores."""
+    return sorted({1, os.cpu_count() or 1})
 
 
 def arguments(what: str, repeats: bool = True) -> argparse.Namespace:

@@ -6,7 +6,7 @@ DIRECTORY is a checkout of github.com/tinkoff-ai/CORL, whose file is run as it i
 what it depends on: Gym and scikit-learn are made up where they are missing, since no update needs them). The data are
 random numbers in the shape of Hopper's, all networks have the same hidden layers, and ours is the method's loop as
 users run it. First, updates of CORL's and of ours from the same weights on the same batches must have the same losses.
-Last, eight seeds together against the same eight one after another.
+Last, eight seeds together against the same eight one after another, on one thread and on all that there are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks import common
 common.PACKAGES = (*common.PACKAGES, "d3rlpy")
 ROWS, OBS, ACTIONS, EPISODE = 1_000_000, 11, 3, 1000
 BATCH, SEEDS, HORIZON = 256, 8, 1_000_000
-UPDATES = 80  # of each seed in one timed step; of eight seeds together a share, so that both sides do as much
+UPDATES = 80  # of each seed in one timed step; of eight seeds against a peer a share, so that both sides do as much
 WIDE, SMALL = (256, 256), (64, 64)
 BARS = {"corl": 2.5, "d3rlpy": 4.0}
 BAR_SEEDS = 3.0
@@ -76,6 +76,7 @@ def our_run(data: str, hidden: tuple[int, ...], seeds: tuple[int, ...], precisio
     )
     run = ControlRun(method, config, Distribution(), Path(tempfile.mkdtemp()))
     method.setup(run)
+    common.OPEN.enter_context(run.threads())  # as in `guerdon train`
     return method, run
 
 
@@ -280,9 +281,11 @@ def main() -> None:
                     beside = {"matmul_peak_gflops": peak / 1e9, "fraction_of_peak": fraction}
                     keep(f"{seeds} seeds {precision} against {peer}", row, UPDATES, **beside)
         for hidden, bar in ((SMALL, BAR_SEEDS), (WIDE, 1.0)):
-            together = ours, data, hidden, tuple(range(SEEDS)), "fp32", UPDATES // SEEDS
-            apart = {"one after another": (one_after_another, data, hidden, "fp32", UPDATES // SEEDS)}
-            keep(f"{SEEDS} seeds {hidden[0]} wide", common.compare(together, apart, bar, **how), UPDATES)
+            together = ours, data, hidden, tuple(range(SEEDS)), "fp32", UPDATES
+            apart = {"one after another": (one_after_another, data, hidden, "fp32", UPDATES)}
+            for threads in common.thread_counts():
+                row = common.compare(together, apart, bar, threads, options.repeats)
+                keep(f"{SEEDS} seeds {hidden[0]} wide, threads {threads}", row, UPDATES * SEEDS)
     common.save("control_offline", options.threads, {"useful_gflop": flops / 1e9, **found})
 
 

@@ -5,7 +5,8 @@
 DIRECTORY is a checkout of github.com/vwxyzjn/cleanrl, whose scripts are run as they are; stable-baselines3 has to be
 installed. All sides act in the same Gymnasium environment with the same networks, batches and updates; ours is the
 method's loop as users run it. First, one update of Stable-Baselines3 and of ours from the same weights, on the same
-batch and noise, must have the same losses. Last, eight seeds together against the same eight one after another.
+batch and noise, must have the same losses. Last, eight seeds together against the same eight one after another, on one
+thread and on all that there are.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def our_run(shape: str, like: str, seeds: tuple[int, ...], precision: str) -> tu
     )
     run = ControlRun(method, config, Distribution(), Path(tempfile.mkdtemp()))  # type: ignore[arg-type]
     method.setup(run)
+    common.OPEN.enter_context(run.threads())  # as in `guerdon train`
     return method, run
 
 
@@ -287,11 +289,13 @@ def main() -> None:
         together = ours, shape, "sb3", tuple(range(SEEDS))
         bar = BAR_SEEDS if kind == "dqn" else 1.0
         apart = {"one after another": (one_after_another, shape, "fp32")}
-        found[many := f"{shape}, {SEEDS} seeds"] = common.compare(together, apart, bar, **how)
+        for threads in common.thread_counts():
+            row = common.compare(together, apart, bar, threads, options.repeats)
+            found[f"{shape}, {SEEDS} seeds, threads {threads}"] = row
         for name, row in found.items():
             if not name.startswith(shape):
                 continue
-            count = STEPS[kind] * (SEEDS if name == many else 1)
+            count = STEPS[kind] * (SEEDS if "one after another" in row["ratio"] else 1)
             row["steps_per_s"] = {side: count / taken[row["clock"]]["median"] for side, taken in row["steps"].items()}
             row["equality"] = equality
             common.show(name, row)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from threading import Event, Lock, Thread
 from typing import Any, NamedTuple
 
@@ -50,35 +51,35 @@ def forward(x: Tensor, parameters: Sequence[Tensor], slopes: Tensor) -> tuple[Te
     """Through all layers y <- f(y W^T + b), with f(u) = u where u is positive and slope times u elsewhere.
 
     Args:
-        x: (N, B, I).
-        parameters: weights (..., O, I) and biases (..., O) of one layer after the other, with N leading entries in all,
-            one as far from the next as the next from its next.
+        x: (S, [K,] B, I), of S, or S x K, networks.
+        parameters: weights (S, [K,] O, I) and biases (S, [K,] O) of one layer after the other; those of a network are
+            contiguous.
         slopes: of every layer: 0 is ReLU, 1 is no activation.
 
     Returns:
-        (N, B, O), and what `backward` needs.
+        (S, [K,] B, O), and what `backward` needs.
     """
-    n, rows, inputs = x.shape
+    *lead, rows, inputs = x.shape
+    n, members = prod(lead), 1 if len(lead) == 1 else lead[1]
     widths = [inputs, *(bias.shape[-1] for bias in parameters[1::2])]
     outputs = x.new_empty(n * rows * (sum(widths) - inputs))
-    job = [n, rows, len(slopes), x.data_ptr(), *(_SIZE * step for step in x.stride())]
+    job = [n, rows, len(slopes), members, *(_SIZE * step for step in x.stride()[-2:])]
     job += [outputs.data_ptr(), slopes.data_ptr(), *widths]
-    for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
-        job += [weight.data_ptr(), _SIZE * weight.stride(-3), bias.data_ptr(), _SIZE * bias.stride(-2)]
+    for t in (x, *parameters):
+        seed, member = (t.stride(0), 0) if len(lead) == 1 else t.stride()[:2]
+        job += [t.data_ptr(), _SIZE * seed, _SIZE * member]
     _compute(np.array([_THERE, *job]), n)
-    last = widths[-1]
-    result = outputs.as_strided((n, rows, last), (rows * last, last, 1), len(outputs) - n * rows * last)
+    result = outputs[-n * rows * widths[-1] :].view(*lead, rows, widths[-1])
     return result, Tape(x, outputs, parameters, slopes, job)
 
 
 def backward(gradient: Tensor, tape: Tape, learns: bool, to_x: bool) -> tuple[list[Tensor], Tensor | None]:
-    """Gradients of the parameters (none unless `learns`) and, with `to_x`, of x, from that of the output (N, B, O)."""
-    x, gradient = tape.x, gradient.contiguous()
-    n, rows, inputs = x.shape
+    """Gradients of the parameters (none unless `learns`) and, with `to_x`, of x, from that of the output."""
+    gradient = gradient.contiguous()
     found = [p.new_empty(p.shape) for p in tape.parameters] if learns else []
-    result = x.new_empty(n, rows, inputs) if to_x else None
+    result = tape.x.new_empty(tape.x.shape) if to_x else None
     wanted = [0 if result is None else result.data_ptr(), *(t.data_ptr() for t in found)]
-    _compute(np.array([_BACK, *tape.job, gradient.data_ptr(), *wanted]), n)
+    _compute(np.array([_BACK, *tape.job, gradient.data_ptr(), *wanted]), tape.job[0])
     return found, result
 
 
@@ -298,9 +299,21 @@ def _empty(size):  # type: ignore[no-untyped-def]
 
 
 @_compiled()
-def _room(m, k):  # type: ignore[no-untyped-def]
-    """Where `_product` keeps columns of b, of the bias, a block that is to be cut to size, and a in other order."""
-    return _empty((k + 1 + _ROWS + k * (m // _WIDTH + 1)) * _WIDTH)
+def _up(size):  # type: ignore[no-untyped-def]
+    """The next multiple of a line of the cache."""
+    return (size + _LINE - 1) // _LINE * _LINE
+
+
+@_compiled()
+def _room(job):  # type: ignore[no-untyped-def]
+    """Memory for the work on one network after the other.
+
+    It holds what `_backward` keeps, and for `_product` columns of b, of the bias, a block that is to be cut to size,
+    and a in other order.
+    """
+    rows, most = job[2], max(job[9 : 10 + job[3]])
+    k = max(rows, most)
+    return _empty(2 * _up(rows * most) + (_WIDTH + 1) * _up(most) + (k + 1 + _ROWS + k * (k // _WIDTH + 1)) * _WIDTH)
 
 
 @_compiled()
@@ -387,15 +400,19 @@ def _product(room, m, k, o, a, a_row, a_column, b, b_row, b_column, bias, slope,
 
 
 @_compiled()
-def _forward(job, each):  # type: ignore[no-untyped-def]
-    n, rows, layers, seen, row, column, to = job[1], job[2], job[3], job[4], job[6], job[7], job[8]
-    slopes, widths, parameters = _numbers(job[9], layers), job[10 : 11 + layers], job[11 + layers :]
-    seen += each * job[5]
-    room = _room(rows, max(widths))
+def _of(each, members, tensors, i):  # type: ignore[no-untyped-def]
+    """Where the part of a network begins in the i-th tensor (S, [K,] ...)."""
+    return tensors[3 * i] + each // members * tensors[3 * i + 1] + each % members * tensors[3 * i + 2]
+
+
+@_compiled()
+def _forward(job, each, room):  # type: ignore[no-untyped-def]
+    n, rows, layers, members, row, column, to = job[1], job[2], job[3], job[4], job[5], job[6], job[7]
+    slopes, widths, tensors = _numbers(job[8], layers), job[9 : 10 + layers], job[10 + layers :]
+    seen = _of(each, members, tensors, 0)
     for layer in range(layers):
         i, o = widths[layer], widths[layer + 1]
-        weight = parameters[4 * layer] + each * parameters[4 * layer + 1]
-        bias = parameters[4 * layer + 2] + each * parameters[4 * layer + 3]
+        weight, bias = _of(each, members, tensors, 1 + 2 * layer), _of(each, members, tensors, 2 + 2 * layer)
         here = to + _SIZE * each * rows * o
         _product(room, rows, i, o, seen, row, column, weight, _SIZE, _SIZE * i, bias, slopes[layer], here)
         seen, row, column, to = here, _SIZE * o, _SIZE, to + _SIZE * n * rows * o
@@ -413,15 +430,15 @@ def _through_activation(gradient, y, slope, total):  # type: ignore[no-untyped-d
 
 
 @_compiled()
-def _backward(job, each):  # type: ignore[no-untyped-def]
-    n, rows, layers, row, column, at = job[1], job[2], job[3], job[6], job[7], job[8]
-    slopes, widths, rest = _numbers(job[9], layers), job[10 : 11 + layers], job[11 + layers :]
-    parameters, gradient, to_x, found = rest[: 4 * layers], rest[4 * layers], rest[4 * layers + 1], rest[4 * layers + 2 :]
+def _backward(job, each, room):  # type: ignore[no-untyped-def]
+    n, rows, layers, members, at = job[1], job[2], job[3], job[4], job[7]
+    slopes, widths, tensors = _numbers(job[8], layers), job[9 : 10 + layers], job[10 + layers :]
+    rest = tensors[3 + 6 * layers :]
+    gradient, to_x, found = rest[0], rest[1], rest[2:]
     most = max(widths)
-    room = _room(max(most, rows), max(most, rows))
-    here, there = _empty(rows * most), _empty(rows * most)  # gradients by what a layer says
-    flipped = _empty(_WIDTH * most)
-    total = _empty(most)
+    size, wide = _up(rows * most), _up(most)
+    here, there = room[:size], room[size : 2 * size]  # gradients by what a layer says
+    flipped, total, room = room[2 * size :], room[2 * size + _WIDTH * wide :], room[2 * size + (_WIDTH + 1) * wide :]
     o = widths[layers]
     here[: rows * o] = _numbers(gradient + _SIZE * each * rows * o, rows * o)
     for layer in range(layers):
@@ -434,7 +451,7 @@ def _backward(job, each):  # type: ignore[no-untyped-def]
         if layer:
             seen, row, column = at + _SIZE * (each - n) * rows * i, _SIZE * i, _SIZE
         else:
-            seen, row, column = job[4] + each * job[5], job[6], job[7]
+            seen, row, column = _of(each, members, tensors, 0), job[5], job[6]
         g, one = here.ctypes.data, float32(1)
         if len(found):
             weight, bias = found[2 * layer] + _SIZE * each * o * i, found[2 * layer + 1] + _SIZE * each * o
@@ -448,24 +465,25 @@ def _backward(job, each):  # type: ignore[no-untyped-def]
             for c in range(o):
                 _put(bias + _SIZE * c, total[c])
         if layer or to_x:
-            weight = parameters[4 * layer] + each * parameters[4 * layer + 1]
+            weight = _of(each, members, tensors, 1 + 2 * layer)
             to = there.ctypes.data if layer else to_x + _SIZE * each * rows * i
             _product(room, rows, o, i, g, _SIZE * o, _SIZE, weight, _SIZE * i, _SIZE, 0, one, to)
             here, there = there, here
 
 
-@_compiled(void(int64[::1], intp))
-def _network(job, each):  # type: ignore[no-untyped-def]
+@_compiled()
+def _network(job, each, room):  # type: ignore[no-untyped-def]
     if job[0] == _THERE:
-        _forward(job, each)
+        _forward(job, each, room)
     else:
-        _backward(job, each)
+        _backward(job, each, room)
 
 
 @_compiled(void(int64[::1]))
 def _alone(job):  # type: ignore[no-untyped-def]
+    room = _room(job)
     for each in range(job[1]):
-        _network(job, each)
+        _network(job, each, room)
 
 
 # What threads tell one another: how many networks a job has, and how many of them were taken from its end and from its
@@ -493,10 +511,10 @@ def _lead(box, job):  # type: ignore[no-untyped-def]
     box[_JOB], box[_LENGTH] = job.ctypes.data, len(job)
     _set(done, 0)
     _set(word, job[1] << 2 * _BITS)
-    own = 0
+    own, room = 0, _room(job)
     each = _take(word, 1)
     while each >= 0:
-        _network(job, each)
+        _network(job, each, room)
         own += 1
         each = _take(word, 1)
     looks = 0
@@ -517,7 +535,8 @@ def _help(box):  # type: ignore[no-untyped-def]
         if ((seen >> _BITS) & (2**_BITS - 1)) + (seen & (2**_BITS - 1)) < seen >> 2 * _BITS:
             each = _take(word, 1 << _BITS)
             if each >= 0:
-                _network(carray(_pointer(box[_JOB]), box[_LENGTH], np.int64), each)
+                job = carray(_pointer(box[_JOB]), box[_LENGTH], np.int64)
+                _network(job, each, _room(job))
                 _add(done, 1)
                 looks = 0
         looks += 1

@@ -76,7 +76,8 @@ def _kernels() -> Any:
 
 def _compiled(plan: _Plan, x: Tensor, parameters: Sequence[Tensor]) -> bool:
     """Whether layers are faster compiled."""
-    n, rows, _ = x.shape
+    *lead, rows, _ = x.shape
+    n = math.prod(lead)
     return (
         not torch.compiler.is_compiling()
         and plan.slopes is not None
@@ -120,16 +121,16 @@ class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: _Plan, *parameters: Tensor) -> Tensor:
         activate, _ = ACTIVATIONS[plan.activation]
-        dtype = plan.dtype if x.shape[1] >= _BF16_FROM else torch.float32
+        dtype = plan.dtype if x.shape[-2] >= _BF16_FROM else torch.float32
         cast = dtype != torch.float32
         ctx.plan, ctx.dtype, ctx.tape = plan, dtype, None
         if not cast and _compiled(plan, x, parameters):
             y, ctx.tape = _kernels().forward(x.float(), parameters, plan.slopes)
             ctx.save_for_backward(x, *parameters, None)
             return y
-        rows = 0 if cast or not x.is_cpu else x.shape[1]
+        rows = 0 if cast or not x.is_cpu else x.shape[-2]
         seen, weights, large = [], [], []  # what every layer sees and multiplies it with, and how
-        y = x if cast else x.float()
+        y = (x if cast else x.float()).flatten(0, -3)
         for i, size in enumerate(plan.sizes):
             weight, bias = parameters[2 * i], parameters[2 * i + 1]
             if plan.members:
@@ -145,7 +146,7 @@ class _Layers(torch.autograd.Function):
                 y = activate(y)
         ctx.save_for_backward(x, *parameters, y if len(seen) == plan.hidden else None)
         ctx.seen, ctx.weights, ctx.large = seen, weights, large
-        return y
+        return y.unflatten(0, x.shape[:-2])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -159,6 +160,7 @@ class _Layers(torch.autograd.Function):
         if ctx.tape is not None:
             found, to_x = _kernels().backward(gradient, ctx.tape, learns, wanted[0])
             return (None if to_x is None else to_x.to(x.dtype), None, *(found or [None] * len(parameters)))
+        gradient = gradient.flatten(0, -3)
         for i in reversed(range(len(plan.sizes))):
             seen = ctx.seen[i]
             if i < plan.hidden:
@@ -179,7 +181,7 @@ class _Layers(torch.autograd.Function):
             if i or wanted[0]:
                 gradient, last = _product(gradient, ctx.weights[i], None, ctx.large[i]), seen
         if wanted[0]:
-            result[0] = gradient.to(x.dtype)
+            result[0] = gradient.to(x.dtype).view(x.shape)
         return tuple(result)
 
     @staticmethod
@@ -192,13 +194,13 @@ class _Layers(torch.autograd.Function):
         parameters: Sequence[Tensor],
     ) -> tuple[Tensor | None, ...]:
         """The same gradients by the composed form, with a graph of their own."""
-        y = x
+        y = x.flatten(0, -3)
         for i in range(len(plan.sizes)):
             kind = dtype if 0 < i < plan.hidden else torch.float32
             activation = plan.activation if i < plan.hidden else None
             y = _layer(y, parameters[2 * i], parameters[2 * i + 1], activation, kind)
         inputs = [t for t, want in zip((x, *parameters), (wanted[0], *wanted[2:]), strict=True) if want]
-        found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
+        found = iter(torch.autograd.grad(y, inputs, gradient.flatten(0, -3), create_graph=True))
         return tuple(next(found) if want else None for want in wanted)
 
 
@@ -346,7 +348,4 @@ class MLP(nn.Module):
             run: Callable[..., Tensor] = _Layers.apply
         else:
             run = partial(forward, _Forgetful())
-        if self.members is None:
-            return run(x, self.plan, *self.in_order).float()
-        x = for_members(x, self.members)
-        return run(x.flatten(0, 1), self.plan, *self.in_order).float().unflatten(0, x.shape[:2])
+        return run(for_members(x, self.members), self.plan, *self.in_order).float()

@@ -91,12 +91,9 @@ class Pass:
                 self._graph = network.outputs(obs, *self._beside)
             self.output = self._graph.detach()
             return
-        mlp, x = network.mlp, network.features(obs, *beside)
-        self._members = mlp.members
-        if self._members is not None:
-            x = for_members(x, self._members).flatten(0, 1)
-        y = forward(self, x, mlp.plan, *mlp.in_order).float()  # type: ignore[arg-type]
-        self.output = y if self._members is None else y.unflatten(0, (-1, self._members))
+        mlp = network.mlp
+        x = for_members(network.features(obs, *beside), mlp.members)
+        self.output = forward(self, x, mlp.plan, *mlp.in_order).float()  # type: ignore[arg-type]
 
     def parameters(self, gradient: Tensor) -> tuple[Tensor, ...]:
         """Gradients of the parameters of encoder and MLP, in their order, from that of the output."""
@@ -110,7 +107,7 @@ class Pass:
         if not self._network.plain:
             return torch.cat(torch.autograd.grad(self._graph, self._beside, gradient), -1)
         to_x = self._backward(gradient, True)[0][..., -self._width :]
-        return to_x if self._members is None else to_x.unflatten(0, (-1, self._members)).sum(1)
+        return to_x if self._network.mlp.members is None else to_x.sum(1)
 
     # What `_Layers` needs of a context
 
@@ -119,7 +116,7 @@ class Pass:
 
     def _backward(self, gradient: Tensor, to_inputs: bool) -> tuple[Any, ...]:
         self.needs_input_grad = (to_inputs, False, *[not to_inputs] * len(self._network.mlp.in_order))
-        return backward(self, gradient if self._members is None else gradient.flatten(0, 1))
+        return backward(self, gradient)
 
 
 def in_numpy(network: Network) -> Callable[[np.ndarray], np.ndarray]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -68,6 +71,23 @@ def test_memory_may_be_apart():
     torch.testing.assert_close([*found, to_x], [*again, same_y], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("members", [slice(0, 1), slice(None, None, 2)])
+def test_members_may_be_apart_and_see_the_same(members):
+    wide = [p.unflatten(0, (2, 3)) for p in layers(6, (5, 40, 3))]
+    parameters = [p[:, members] for p in wide]
+    k = parameters[0].shape[1]
+    x = torch.randn(2, 1, 20, 5, generator=torch.Generator().manual_seed(1)).expand(-1, k, -1, -1)
+    slopes = torch.tensor([0.0, 1.0])
+    y, tape = kernels.forward(x, parameters, slopes)
+    found, to_x = kernels.backward(torch.ones_like(y), tape, True, True)
+    flat = [p.flatten(0, 1) for p in parameters]
+    same_y, tape = kernels.forward(x.flatten(0, 1), flat, slopes)
+    same, same_x = kernels.backward(torch.ones_like(same_y), tape, True, True)
+    assert (y.shape, to_x.shape) == ((2, k, 20, 3), x.shape)
+    for a, b in zip([y, *found, to_x], [same_y, *same, same_x], strict=True):
+        torch.testing.assert_close(a.flatten(0, 1), b, rtol=0, atol=0)
+
+
 def test_every_network_is_computed_as_if_alone():
     x, parameters = torch.randn(3, 20, 6, generator=torch.Generator().manual_seed(1)), layers(3, (6, 50, 2))
     slopes = torch.tensor([0.0, 1.0])
@@ -100,19 +120,55 @@ def test_networks_take_this_road_to_the_same_numbers(monkeypatch, members):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-def test_threads_change_no_number():
-    widths = (60, 300, 300, 2)
-    x, parameters = torch.randn(3, 256, 60, generator=torch.Generator().manual_seed(1)), layers(3, widths)
-    slopes = torch.tensor([0.0, 0.0, 1.0])
+def both_ways(x, parameters, slopes):
+    y, tape = kernels.forward(x, parameters, slopes)
+    found, to_x = kernels.backward(torch.ones_like(y), tape, True, True)
+    return [y, *found, to_x]
 
-    def both_ways():
-        y, tape = kernels.forward(x, parameters, slopes)
-        found, to_x = kernels.backward(torch.ones_like(y), tape, True, True)
-        return [y, *found, to_x]
 
-    alone = both_ways()
-    with networks.one_thread_each(2):
+def problem(n: int, widths: tuple[int, ...] = (60, 64, 64, 2)):
+    x = torch.randn(n, 64, widths[0], generator=torch.Generator().manual_seed(1))
+    return x, layers(n, widths), torch.tensor([0.0] * (len(widths) - 2) + [1.0])
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_number(threads):
+    problems = [problem(n) for n in (1, 2, 3, 16)]
+    alone = [both_ways(*p) for p in problems]
+    with networks.one_thread_each(threads):
         assert torch.get_num_threads() == 1
-        shared = both_ways()
+        for pause in (0, 0, 0.1):  # long enough to fall asleep
+            time.sleep(pause)
+            for _ in range(20):
+                shared = [both_ways(*p) for p in problems]
+                torch.testing.assert_close(shared, alone, rtol=0, atol=0)
     assert kernels.team is None
-    torch.testing.assert_close(shared, alone, rtol=0, atol=0)
+
+
+def test_callers_at_the_same_time_get_their_own_numbers():
+    problems = [problem(4), problem(6, (60, 40, 1))]
+    alone = [both_ways(*p) for p in problems]
+    with networks.one_thread_each(2), ThreadPoolExecutor(2) as pool:
+        for _ in range(50):
+            found = list(pool.map(lambda p: both_ways(*p), problems))
+            torch.testing.assert_close(found, alone, rtol=0, atol=0)
+
+
+def test_threads_end_with_what_needed_them():
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError), networks.one_thread_each(3):
+        assert threading.active_count() == before + 2
+        raise ZeroDivisionError
+    assert threading.active_count() == before and kernels.team is None
+
+
+def test_memory_grows_with_the_rows_alone():
+    x, parameters, slopes = problem(1, (4, 40, 2))
+    many = x[:, :1, :4].repeat(1, 400_000, 1)  # squared, they would fill any machine
+    y, tape = kernels.forward(many, parameters, slopes)
+    found, _ = kernels.backward(torch.ones_like(y) / y.shape[1], tape, True, False)
+    one, tape = kernels.forward(many[:, :1], parameters, slopes)
+    torch.testing.assert_close(y, one.expand_as(y))
+    torch.testing.assert_close(
+        found, kernels.backward(torch.ones_like(one), tape, True, False)[0], rtol=1e-3, atol=1e-4
+    )

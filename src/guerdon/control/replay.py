@@ -142,7 +142,7 @@ class Replay:
 
     @classmethod
     def of(cls, transitions: Transitions, seeds: int, streams: Streams, **drawing: Unpack[Drawing]) -> Replay:
-        """Logged transitions, held once for all seeds (images not copied where they can be used in place); see `Replay`.
+        """Logged transitions, held once for all seeds (images in place, where they can be); see `Replay`.
 
         Each seed draws in its own order. Nothing can be added.
         """

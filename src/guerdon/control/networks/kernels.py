@@ -16,7 +16,6 @@ from threading import Event, Lock, Thread
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from llvmlite import binding, ir
 from numba import carray, extending, float32, int64, intp, njit, types, void
 from numba.core import cgutils
@@ -141,7 +140,7 @@ def _block(rows: int, vectors: int) -> Any:
     """A function that computes a block of `rows` x (`vectors` * `_LANES`) of a product."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        """f(start + a b), the numbers of each row of b side by side; all but the slope of f are addresses and strides."""
+        """f(start + a b), the numbers of a row of b side by side; all but the slope of f are addresses and strides."""
         a, a_row, a_column, b, b_row, inner, start, result, result_row, slope = args
 
         def places(address: Any) -> list[Any]:
@@ -312,8 +311,7 @@ def _room(job):  # type: ignore[no-untyped-def]
     and a in other order.
     """
     rows, most = job[2], max(job[9 : 10 + job[3]])
-    k = max(rows, most)
-    return _empty(2 * _up(rows * most) + (_WIDTH + 1) * _up(most) + (k + 1 + _ROWS + k * (k // _WIDTH + 1)) * _WIDTH)
+    return _empty(3 * _up(rows * most) + (_WIDTH + 1) * _up(most) + (2 * max(rows, most) + 1 + _ROWS) * _WIDTH)
 
 
 @_compiled()

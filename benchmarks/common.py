@@ -16,7 +16,7 @@ import re
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,17 +87,15 @@ def _serve(pipe: Any, threads: int, build: Build, args: Sequence[Any]) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    step = build(*args)
-    pipe.send("ready")
-    try:
+    with OPEN, suppress(EOFError):
+        step = build(*args)
+        pipe.send("ready")
         while pipe.recv():
             forget_peak()
             cpu, wall = time.process_time(), time.perf_counter()
             result = step()
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
             pipe.send(Step(cpu, wall, peak_memory(), result))
-    except EOFError:
-        pass
 
 
 def forget_peak() -> None:

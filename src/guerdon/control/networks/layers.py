@@ -98,15 +98,14 @@ def one_thread_each(threads: int) -> Iterator[None]:
     """
     before, kernels = torch.get_num_threads(), _kernels()
     torch.set_num_threads(1)
-    if kernels is not None and threads > 1:
-        kernels.team = kernels.Team(threads - 1)
     try:
-        yield
+        if kernels is None or threads == 1:
+            yield
+        else:
+            with kernels.shared(threads):
+                yield
     finally:
         torch.set_num_threads(before)
-        if kernels is not None and kernels.team is not None:
-            kernels.team.close()
-            kernels.team = None
 
 
 class _Layers(torch.autograd.Function):

@@ -30,11 +30,19 @@ def expectile_slope(advantage: torch.Tensor, tau: float) -> torch.Tensor:
     return 2 * torch.where(advantage < 0, 1 - tau, tau) * advantage
 
 
-def outputs_of(action: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """Which outputs (S, K, B, O) of critics are of these actions, (S, K, B, 1): the only one where they are seen."""
+def of_actions(output: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    """Those of the outputs (S, K, B, O) of critics that are of these actions, (S, K, B)."""
+    if action.is_floating_point():  # which critics see, so that they have one output
+        return output.squeeze(-1)
+    return output.gather(-1, action[:, None, :, None].expand(-1, output.shape[1], -1, -1)).squeeze(-1)
+
+
+def to_outputs(slope: torch.Tensor, output: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    """The gradient of outputs (S, K, B, O) from that of `of_actions`, (S, K, B)."""
     if action.is_floating_point():
-        return torch.zeros_like(output, dtype=torch.int64)
-    return action[:, None, :, None].expand(-1, output.shape[1], -1, -1)
+        return slope.unsqueeze(-1)
+    taken = action[:, None, :, None].expand(-1, output.shape[1], -1, -1)
+    return torch.zeros_like(output).scatter_(-1, taken, slope.unsqueeze(-1))
 
 
 def advantage_weight(advantage: torch.Tensor, beta: float, cap: float) -> torch.Tensor:
@@ -129,15 +137,13 @@ class IQL(OfflineControl):
 
         seen = (batch.obs, batch.action) if batch.action.is_floating_point() else (batch.obs,)
         judged, valued = Pass(self.critic, *seen), Pass(self.value, batch.obs)
-        taken = outputs_of(batch.action, judged.output)
-        target_q = self.target.outputs(*seen).gather(-1, taken).squeeze(-1)
+        target_q = of_actions(self.target.outputs(*seen), batch.action)
         estimate = self.estimate(target_q)
         target = self.bound(td_target(batch, self.value(batch.next_obs), self.gamma))
-        value, q = valued.output.squeeze(-1), judged.output.gather(-1, taken).squeeze(-1)
+        value, q = valued.output.squeeze(-1), of_actions(judged.output, batch.action)
         advantage = estimate - value
         to_value = (expectile_slope(advantage, self.tau) / -value.shape[1]).unsqueeze(-1)
-        to_q = (self.td_slope(q, target) / q[0].numel()).unsqueeze(-1)
-        to_q = torch.zeros_like(judged.output).scatter_(-1, taken, to_q)
+        to_q = to_outputs(self.td_slope(q, target) / q[0].numel(), judged.output, batch.action)
         self.optimizer.apply([*valued.parameters(to_value), *judged.parameters(to_q)])
         ema_(self.target, self.critic, self.target_rate)
 

@@ -27,7 +27,7 @@ _ROWS, _WIDTH = 8, 2 * _LANES  # of a block, whose sums fill half of the registe
 _NEAR = 2**17  # bytes that are read where they are, whatever their order
 _FEW = 4  # columns: rather a dot product for each number than blocks that are mostly cut away
 _SIZE, _LINE = 4, 16  # bytes of a number, numbers in a line of the cache
-_THERE, _BACK = 0, 1  # the ways of a job
+_THERE, _KEEP, _BACK = 0, 1, 2  # the ways of a job: there, there with what hidden layers say kept, back
 _FLOAT, _LANE, _ADDRESS = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, _LANES)
 _intrinsic: Any = extending.intrinsic  # what it returns is called without its first argument
@@ -47,7 +47,7 @@ class Tape(NamedTuple):
     job: list[int]  # where all of them lie, for `_forward`
 
 
-def forward(x: Tensor, parameters: Sequence[Tensor], slopes: Tensor) -> tuple[Tensor, Tape]:
+def forward(x: Tensor, parameters: Sequence[Tensor], slopes: Tensor, keep: bool = True) -> tuple[Tensor, Tape | None]:
     """Through all layers y <- f(y W^T + b), with f(u) = u where u is positive and slope times u elsewhere.
 
     Args:
@@ -55,22 +55,23 @@ def forward(x: Tensor, parameters: Sequence[Tensor], slopes: Tensor) -> tuple[Te
         parameters: weights (S, [K,] O, I) and biases (S, [K,] O) of one layer after the other; those of a network are
             contiguous.
         slopes: of every layer: 0 is ReLU, 1 is no activation.
+        keep: what hidden layers say; if nothing goes back, it need not leave the cache.
 
     Returns:
-        (S, [K,] B, O), and what `backward` needs.
+        (S, [K,] B, O), and what `backward` needs if that was kept.
     """
     *lead, rows, inputs = x.shape
     n, members = prod(lead), 1 if len(lead) == 1 else lead[1]
     widths = [inputs, *(bias.shape[-1] for bias in parameters[1::2])]
-    outputs = x.new_empty(n * rows * (sum(widths) - inputs))
+    outputs = x.new_empty(n * rows * (sum(widths) - inputs if keep else widths[-1]))
     job = [n, rows, len(slopes), members, *(_SIZE * step for step in x.stride()[-2:])]
     job += [outputs.data_ptr(), slopes.data_ptr(), *widths]
     for t in (x, *parameters):
         seed, member = (t.stride(0), 0) if len(lead) == 1 else t.stride()[:2]
         job += [t.data_ptr(), _SIZE * seed, _SIZE * member]
-    _compute(np.array([_THERE, *job]), n)
+    _compute(np.array([_KEEP if keep else _THERE, *job]), n)
     result = outputs[-n * rows * widths[-1] :].view(*lead, rows, widths[-1])
-    return result, Tape(x, outputs, parameters, slopes, job)
+    return result, Tape(x, outputs, parameters, slopes, job) if keep else None
 
 
 def backward(gradient: Tensor, tape: Tape, learns: bool, to_x: bool) -> tuple[list[Tensor], Tensor | None]:
@@ -421,13 +422,16 @@ def _of(each, members, tensors, i):  # type: ignore[no-untyped-def]
 def _forward(job, each, room):  # type: ignore[no-untyped-def]
     n, rows, layers, members, row, column, to = job[1], job[2], job[3], job[4], job[5], job[6], job[7]
     slopes, widths, tensors = _numbers(job[8], layers), job[9 : 10 + layers], job[10 + layers :]
-    seen = _of(each, members, tensors, 0)
+    seen, size = _of(each, members, tensors, 0), _up(rows * max(widths))
     for layer in range(layers):
         i, o = widths[layer], widths[layer + 1]
         weight, bias = _of(each, members, tensors, 1 + 2 * layer), _of(each, members, tensors, 2 + 2 * layer)
-        here = to + _SIZE * each * rows * o
-        _product(room, rows, i, o, seen, row, column, weight, _SIZE, _SIZE * i, bias, slopes[layer], here)
-        seen, row, column, to = here, _SIZE * o, _SIZE, to + _SIZE * n * rows * o
+        if job[0] == _KEEP or layer == layers - 1:
+            here, to = to + _SIZE * each * rows * o, to + _SIZE * n * rows * o
+        else:
+            here = room[layer % 2 * size :].ctypes.data
+        _product(room[2 * size :], rows, i, o, seen, row, column, weight, _SIZE, _SIZE * i, bias, slopes[layer], here)
+        seen, row, column = here, _SIZE * o, _SIZE
 
 
 @_compiled()
@@ -485,10 +489,10 @@ def _backward(job, each, room):  # type: ignore[no-untyped-def]
 
 @_compiled()
 def _network(job, each, room):  # type: ignore[no-untyped-def]
-    if job[0] == _THERE:
-        _forward(job, each, room)
-    else:
+    if job[0] == _BACK:
         _backward(job, each, room)
+    else:
+        _forward(job, each, room)
 
 
 @_compiled(void(int64[::1]))

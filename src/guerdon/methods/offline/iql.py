@@ -136,10 +136,10 @@ class IQL(OfflineControl):
         from guerdon.control.networks import Pass, ema_
 
         seen = (batch.obs, batch.action) if batch.action.is_floating_point() else (batch.obs,)
-        judged, valued = Pass(self.critic, *seen), Pass(self.value, batch.obs)
         target_q = of_actions(self.target.outputs(*seen), batch.action)
         estimate = self.estimate(target_q)
         target = self.bound(td_target(batch, self.value(batch.next_obs), self.gamma))
+        judged, valued = Pass(self.critic, *seen), Pass(self.value, batch.obs)
         value, q = valued.output.squeeze(-1), of_actions(judged.output, batch.action)
         advantage = estimate - value
         to_value = (expectile_slope(advantage, self.tau) / -value.shape[1]).unsqueeze(-1)

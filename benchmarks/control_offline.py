@@ -76,12 +76,12 @@ def our_run(data: str, hidden: tuple[int, ...], seeds: tuple[int, ...], precisio
     )
     run = ControlRun(method, config, Distribution(), Path(tempfile.mkdtemp()))
     method.setup(run)
-    common.OPEN.enter_context(run.threads())  # as in `guerdon train`
     return method, run
 
 
 def ours(data: str, hidden: tuple[int, ...], seeds: tuple[int, ...], precision: str, updates: int) -> Callable[[], Any]:
     method, run = our_run(data, hidden, seeds, precision, updates)
+    common.OPEN.enter_context(run.threads())  # as in `guerdon train`
     steps = method.learn(run)
 
     def step() -> None:

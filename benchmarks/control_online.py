@@ -66,12 +66,12 @@ def our_run(shape: str, like: str, seeds: tuple[int, ...], precision: str) -> tu
     )
     run = ControlRun(method, config, Distribution(), Path(tempfile.mkdtemp()))  # type: ignore[arg-type]
     method.setup(run)
-    common.OPEN.enter_context(run.threads())  # as in `guerdon train`
     return method, run
 
 
 def ours(shape: str, like: str, seeds: tuple[int, ...] = (0,), precision: str = "fp32") -> Callable[[], None]:
     method, run = our_run(shape, like, seeds, precision)
+    common.OPEN.enter_context(run.threads())  # as in `guerdon train`
     steps = method.learn(run)
 
     def step() -> None:

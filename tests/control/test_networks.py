@@ -516,3 +516,14 @@ def test_a_compiled_update_moves_as_the_plain_one_and_follows_the_learning_rate(
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
     for p, q in zip(*(m.parameters() for m in targets), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_first_values_do_not_depend_on_the_number_of_threads(one_thread):
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        mlp = networks.MLP(2, 64, (256, 256), 3)
+        networks.initialise(mlp, [0, 1], "orthogonal")
+        assert torch.get_num_threads() == threads
+        found.append(list(mlp.parameters()))
+    torch.testing.assert_close(*found, rtol=0, atol=0)

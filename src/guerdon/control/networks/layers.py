@@ -96,13 +96,13 @@ def one_thread_each(threads: int) -> Iterator[None]:
     Torch's threads wait for one another longer than a small product takes: with two of them most updates take longer
     than with one.
     """
-    before, kernels = torch.get_num_threads(), _kernels()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        if kernels is None or threads == 1:
+        if threads == 1 or _kernels() is None:
             yield
         else:
-            with kernels.shared(threads):
+            with _kernels().shared(threads):
                 yield
     finally:
         torch.set_num_threads(before)

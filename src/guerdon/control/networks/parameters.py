@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from guerdon.control.networks.actors import GaussianActor
 from guerdon.control.networks.encoders import ConvEncoder
-from guerdon.control.networks.layers import MLP, LayerNorm, Linear
+from guerdon.control.networks.layers import MLP, LayerNorm, Linear, one_thread_each
 from guerdon.errors import ConfigError, near
 
 How = Literal["torch", "orthogonal", "edac"]
 
 
 @torch.no_grad()
+@one_thread_each(1)  # factorisations round by the number of threads
 def initialise(
     module: nn.Module, seeds: Sequence[int], how: How = "torch", *, head_gain: float = 1.0, name: str | None = None
 ) -> None:

@@ -130,8 +130,11 @@ class Replay:
         else:
             fields["next_obs"] = (np.float32, *shape)
         if spec.image or streams.device.type != "cpu":
-            arrays = {name: np.zeros((seeds, rows, *each), kind) for name, (kind, *each) in fields.items()}
-            data = {name: torch.from_numpy(array).to(streams.device) for name, array in arrays.items()}
+            kinds = {name: torch.from_numpy(np.empty(0, kind)).dtype for name, (kind, *_) in fields.items()}
+            data = {
+                name: torch.zeros(seeds, rows, *each, dtype=kinds[name], device=streams.device)
+                for name, (_, *each) in fields.items()
+            }
             if spec.image:
                 data["final"].fill_(-1)
         else:

@@ -54,6 +54,9 @@ def test_values_and_gradients_are_torchs(n, rows, widths):
     for a, b in zip([mine_x, *mine], [to_x, *found], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
     assert kernels.backward(gradient, tape, False, False) == ([], None)
+    unkept, no_tape = kernels.forward(x, parameters, torch.tensor(slopes, dtype=torch.float32), keep=False)
+    assert no_tape is None
+    torch.testing.assert_close(unkept, y, rtol=0, atol=0)
     turned = x.mT.contiguous().mT
     torch.testing.assert_close(kernels.forward(turned, parameters, torch.tensor(slopes, dtype=torch.float32))[0], y)
 

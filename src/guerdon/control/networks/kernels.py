@@ -502,8 +502,8 @@ def _alone(job):  # type: ignore[no-untyped-def]
         _network(job, each, room)
 
 
-# What threads tell one another: how many networks a job has, and how many of them were taken from its end and from its
-# beginning (in one number, so that nobody sees one without the others); the job; and how many the others are done with.
+# Where threads tell one another what is left of a job (see `_parts`: in one word, so that nobody sees one part without
+# the others), where the job lies, how many networks the helpers are done with, and how many of these are awake.
 _WORD, _JOB, _LENGTH, _DONE, _AWAKE, _BOX = 0, 8, 9, 16, 24, 32
 _BITS = 20
 _LOOKS = 2**8  # for work before a thread lets others have its core
@@ -511,10 +511,15 @@ _PATIENCE = 2**22  # looks for work, some milliseconds, before a thread goes to 
 
 
 @_compiled()
-def _take(box, step):  # type: ignore[no-untyped-def]
+def _parts(word):  # type: ignore[no-untyped-def]
+    """How many networks a job has, and how many of them were taken from its end and from its beginning."""
+    return word >> 2 * _BITS, (word >> _BITS) & (2**_BITS - 1), word & (2**_BITS - 1)
+
+
+@_compiled()
+def _take(word, step):  # type: ignore[no-untyped-def]
     """The number of a network that nobody has taken, the first or the last of them, or -1."""
-    word = _add(box, step)
-    n, last, first = word >> 2 * _BITS, (word >> _BITS) & (2**_BITS - 1), word & (2**_BITS - 1)
+    n, last, first = _parts(_add(word, step))
     if first + last >= n:
         return -1
     return first if step == 1 else n - 1 - last
@@ -523,7 +528,7 @@ def _take(box, step):  # type: ignore[no-untyped-def]
 @_compiled(void(int64[::1], int64[::1]))
 def _lead(box, job):  # type: ignore[no-untyped-def]
     """Compute all networks of a job with those who are awake: here from the first on, there from the last on."""
-    word, done = box.ctypes.data, box.ctypes.data + 8 * _DONE
+    word, done = box.ctypes.data + 8 * _WORD, box.ctypes.data + 8 * _DONE
     box[_JOB], box[_LENGTH] = job.ctypes.data, len(job)
     _set(done, 0)
     _set(word, job[1] << 2 * _BITS)
@@ -543,12 +548,13 @@ def _lead(box, job):  # type: ignore[no-untyped-def]
 @_compiled(void(int64[::1]))
 def _help(box):  # type: ignore[no-untyped-def]
     """Take networks of whatever job is in the box, until none has been for a while."""
-    word, done, awake = box.ctypes.data, box.ctypes.data + 8 * _DONE, box.ctypes.data + 8 * _AWAKE
+    start = box.ctypes.data
+    word, done, awake = start + 8 * _WORD, start + 8 * _DONE, start + 8 * _AWAKE
     _add(awake, 1)
     looks = 0
     while looks < _PATIENCE:
-        seen = _see(word)
-        if ((seen >> _BITS) & (2**_BITS - 1)) + (seen & (2**_BITS - 1)) < seen >> 2 * _BITS:
+        n, last, first = _parts(_see(word))
+        if first + last < n:
             each = _take(word, 1 << _BITS)
             if each >= 0:
                 job = carray(_pointer(box[_JOB]), box[_LENGTH], np.int64)

@@ -153,12 +153,13 @@ class _Layers(torch.autograd.Function):
         plan, dtype, wanted = ctx.plan, ctx.dtype, ctx.needs_input_grad
         if torch.is_grad_enabled():
             return _Layers._again(plan, dtype, wanted, gradient, x, parameters)
-        _, derivative = ACTIVATIONS[plan.activation]
-        cast, learns = dtype != torch.float32, any(wanted[2:])
-        result: list[Tensor | None] = [None] * len(wanted)
+        learns = any(wanted[2:])
         if ctx.tape is not None:
             found, to_x = _kernels().backward(gradient, ctx.tape, learns, wanted[0])
             return (None if to_x is None else to_x.to(x.dtype), None, *(found or [None] * len(parameters)))
+        _, derivative = ACTIVATIONS[plan.activation]
+        cast = dtype != torch.float32
+        result: list[Tensor | None] = [None] * len(wanted)
         gradient = gradient.flatten(0, -3)
         for i in reversed(range(len(plan.sizes))):
             seen = ctx.seen[i]
